@@ -1,0 +1,1 @@
+"""Medical images from AWS HealthImaging in notebooks, training loops and batch jobs."""

@@ -1,0 +1,216 @@
+"""JPEG 2000 and HTJ2K streams: read their main header, decode and encode them. Floor 1.
+
+OpenJPH (through imagecodecs) comes first for HTJ2K because it is fast and releases the GIL;
+OpenJPEG is the second opinion. **OpenJPH decodes damaged streams without an error**, so whoever
+calls this must have checked the bytes or must check the pixels.
+
+Sources: ITU-T T.800 annex A (markers) and annex I (JP2 boxes), T.814 (HTJ2K); DICOM PS3.5 A.4.4.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+
+from ahi_ml.errors import DecodeError
+from ahi_ml.types import AnyArray, Buffer
+
+__all__ = ["StreamInfo", "decode_stream", "encode_htj2k", "encode_j2k", "inspect"]
+
+_JP2_SIGNATURE = bytes.fromhex("0000000c6a5020200d0a870a")
+_SOC_SIZ = b"\xff\x4f\xff\x51"
+_COD = 0xFF52
+_SOT = 0xFF90
+_SMALLEST_SIDE = 64  # PS3.5 A.4.4: the base resolution has a side of 64 samples or fewer
+_MOST_LEVELS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What the main header of a JPEG 2000 codestream says.
+
+    Parameters
+    ----------
+    offset : int
+        Where the codestream begins in the bytes given (behind JP2 boxes, if any).
+    rows, columns, components : int
+        Size of the image.
+    precision : int
+        Bits a sample of the first component.
+    signed : bool
+        Whether the samples of the first component are signed.
+    levels : int
+        Wavelet decompositions: ``levels + 1`` resolutions.
+    progression : int
+        0 LRCP, 1 RLCP, 2 RPCL, 3 PCRL, 4 CPRL.
+    high_throughput : bool
+        Whether the block coder is that of T.814.
+    reversible : bool
+        Whether the 5/3 transform was used.
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    components: int
+    precision: int
+    signed: bool
+    levels: int
+    progression: int
+    high_throughput: bool
+    reversible: bool
+
+
+def _codestream_offset(data: memoryview) -> int:
+    if data[:4] == _SOC_SIZ:
+        return 0
+    if data[:12] != _JP2_SIGNATURE:
+        raise DecodeError("not a JPEG 2000 stream: neither a codestream nor JP2 boxes at its start")
+    at = 0
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        header = 8
+        if length == 1:
+            length = struct.unpack_from(">Q", data, at + 8)[0]
+            header = 16
+        if kind == b"jp2c":
+            if data[at + header : at + header + 4] != _SOC_SIZ:
+                break
+            return at + header
+        if length < header:  # 0 means "to the end", which only the last box may say
+            break
+        at += length
+    raise DecodeError("a JP2 file without a codestream box")
+
+
+def inspect(data: Buffer) -> StreamInfo:
+    """Read the main header of a raw or JP2-boxed codestream. I/O: none.
+
+    Parameters
+    ----------
+    data : bytes-like
+        At least the main header.
+
+    Returns
+    -------
+    StreamInfo
+
+    Raises
+    ------
+    DecodeError
+        The bytes are no JPEG 2000 stream, or end inside its main header.
+    """
+    view = memoryview(data)
+    offset = _codestream_offset(view)
+    try:
+        (x1, y1, x0, y0) = struct.unpack_from(">IIII", view, offset + 8)
+        components, depth = struct.unpack_from(">HB", view, offset + 40)
+        at = offset + 4 + struct.unpack_from(">H", view, offset + 4)[0]
+        while True:
+            marker, length = struct.unpack_from(">HH", view, at)
+            if marker == _COD:
+                progression = view[at + 5]
+                levels, style, transform = view[at + 9], view[at + 12], view[at + 13]
+                break
+            if marker == _SOT or marker < 0xFF00 or length < 2:
+                raise DecodeError("a JPEG 2000 main header without a coding style (COD)")
+            at += 2 + length
+    except (struct.error, IndexError) as error:
+        raise DecodeError(f"a JPEG 2000 stream of {len(view)} bytes ends inside its main header") from error
+    return StreamInfo(
+        offset=offset,
+        rows=y1 - y0,
+        columns=x1 - x0,
+        components=components,
+        precision=(depth & 0x7F) + 1,
+        signed=bool(depth & 0x80),
+        levels=levels,
+        progression=progression,
+        high_throughput=bool(style & 0x40),
+        reversible=transform == 1,
+    )
+
+
+def decode_stream(data: Buffer, info: StreamInfo, *, out: AnyArray | None = None) -> AnyArray:
+    """Decode a whole stream to the codec's own dtype. I/O: none; releases the GIL for HTJ2K.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The encoded frame.
+    info : StreamInfo
+        What `inspect` said of it.
+    out : ndarray, optional
+        Written to and returned when its shape and dtype are the stream's.
+
+    Returns
+    -------
+    (rows, columns) or (rows, columns, components) ndarray
+        Components interleaved; colour transforms of the codestream undone (PS3.5 A.4.4).
+
+    Raises
+    ------
+    DecodeError
+        Neither decoder accepts the stream.
+    """
+    coder = imagecodecs.htj2k_decode if info.high_throughput else imagecodecs.jpeg2k_decode
+    try:
+        return coder(data, out=out)  # type: ignore[no-any-return]
+    except Exception as first:
+        return _second_opinion(data, info, first)
+
+
+def _second_opinion(data: Buffer, info: StreamInfo, first: Exception) -> AnyArray:
+    import openjpeg  # seldom needed
+
+    try:
+        return np.asarray(openjpeg.decode(bytes(memoryview(data)[info.offset :]), 0))
+    except Exception as second:
+        raise DecodeError(
+            f"no decoder accepts this JPEG 2000 stream of {len(data)} bytes: {first}; {second}"
+        ) from second
+
+
+def _levels(rows: int, columns: int) -> int:
+    side, levels = min(rows, columns), 0
+    while side > _SMALLEST_SIDE and levels < _MOST_LEVELS:
+        side, levels = (side + 1) // 2, levels + 1
+    return max(levels, 1)  # to the encoders 0 means "your default", which is more than 1
+
+
+def encode_htj2k(image: AnyArray) -> bytes:
+    """Encode losslessly as the data store does: HTJ2K, RPCL, one tile-part a resolution, TLM.
+
+    I/O: none; releases the GIL.
+
+    Parameters
+    ----------
+    image : (rows, columns) or (rows, columns, samples) ndarray
+        8, 16 or 32 bit integers; sign and depth of the dtype go into the codestream.
+
+    Returns
+    -------
+    bytes
+        A raw codestream with decompositions until the smaller side is 64 or fewer samples.
+    """
+    return imagecodecs.htj2k_encode(  # type: ignore[no-any-return]
+        image,
+        reversible=True,
+        tlm=True,
+        tilepart=1,
+        resolutions=_levels(image.shape[0], image.shape[1]),
+        planar=False if image.ndim == 3 else None,
+    )
+
+
+def encode_j2k(image: AnyArray) -> bytes:
+    """Encode losslessly as JPEG 2000 part 1. I/O: none. Arguments as `encode_htj2k`."""
+    return imagecodecs.jpeg2k_encode(  # type: ignore[no-any-return]
+        image,
+        reversible=True,
+        codecformat="J2K",
+        resolutions=_levels(image.shape[0], image.shape[1]) + 1,
+    )

@@ -1,0 +1,466 @@
+"""The SQLite catalog of the embedded store: data stores, jobs, image sets, versions, frames, tags.
+
+It holds SQL and nothing of the service's rules. One process writes; its threads share one
+connection, because with ``locking_mode=EXCLUSIVE`` (which lets WAL work on network homes) a second
+connection would be locked out.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ahi_ml.errors import LocalStoreError
+
+__all__ = ["Catalog", "Datastore", "FrameRow", "ImageSet", "Job", "Version"]
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE datastores(
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, storage_format TEXT NOT NULL,
+    created REAL NOT NULL, updated REAL NOT NULL, client_token TEXT UNIQUE, kms_key_arn TEXT, authorizer_arn TEXT);
+CREATE TABLE jobs(
+    id TEXT PRIMARY KEY, datastore_id TEXT NOT NULL, name TEXT, status TEXT NOT NULL, role_arn TEXT NOT NULL,
+    input_uri TEXT NOT NULL, output_uri TEXT NOT NULL, submitted REAL NOT NULL, ended REAL, message TEXT,
+    client_token TEXT, configuration TEXT, UNIQUE(datastore_id, client_token));
+CREATE INDEX jobs_by_store ON jobs(datastore_id, submitted, id);
+CREATE TABLE image_sets(
+    id TEXT PRIMARY KEY, datastore_id TEXT NOT NULL, is_primary INTEGER NOT NULL, version INTEGER NOT NULL,
+    created REAL NOT NULL, updated REAL NOT NULL, accessed REAL NOT NULL, deleted REAL,
+    patient_id TEXT, accession_number TEXT, study_id TEXT, study_uid TEXT, series_uid TEXT, study_moment TEXT,
+    study_key TEXT NOT NULL, series_key TEXT NOT NULL, tags TEXT NOT NULL);
+CREATE INDEX image_sets_updated ON image_sets(datastore_id, updated, id) WHERE deleted IS NULL;
+CREATE INDEX image_sets_created ON image_sets(datastore_id, created, id) WHERE deleted IS NULL;
+CREATE INDEX image_sets_moment ON image_sets(datastore_id, study_moment, id) WHERE deleted IS NULL;
+CREATE INDEX image_sets_patient ON image_sets(datastore_id, patient_id) WHERE deleted IS NULL;
+CREATE INDEX image_sets_accession ON image_sets(datastore_id, accession_number) WHERE deleted IS NULL;
+CREATE INDEX image_sets_study_id ON image_sets(datastore_id, study_id) WHERE deleted IS NULL;
+CREATE INDEX image_sets_study ON image_sets(datastore_id, study_uid) WHERE deleted IS NULL;
+CREATE INDEX image_sets_series ON image_sets(datastore_id, series_uid) WHERE deleted IS NULL;
+CREATE TABLE versions(
+    image_set_id TEXT NOT NULL, version INTEGER NOT NULL, state TEXT NOT NULL, workflow TEXT NOT NULL,
+    updated REAL NOT NULL, message TEXT, forced INTEGER, is_primary INTEGER NOT NULL,
+    PRIMARY KEY(image_set_id, version)) WITHOUT ROWID;
+CREATE TABLE documents(
+    image_set_id TEXT NOT NULL, version INTEGER NOT NULL, body BLOB NOT NULL, UNIQUE(image_set_id, version));
+CREATE TABLE frames(
+    image_set_id TEXT NOT NULL, frame_id TEXT NOT NULL, blob TEXT NOT NULL, content_type TEXT NOT NULL,
+    PRIMARY KEY(image_set_id, frame_id)) WITHOUT ROWID;
+CREATE TABLE tags(arn TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY(arn, key)) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Datastore:
+    """A data store of the folder."""
+
+    id: str
+    name: str
+    status: str
+    storage_format: str
+    created: float
+    updated: float
+    client_token: str | None = None
+    kms_key_arn: str | None = None
+    authorizer_arn: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An import job."""
+
+    id: str
+    datastore_id: str
+    name: str | None
+    status: str
+    role_arn: str
+    input_uri: str
+    output_uri: str
+    submitted: float
+    ended: float | None = None
+    message: str | None = None
+    client_token: str | None = None
+    configuration: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """The latest state of an image set, with what a search can ask for."""
+
+    id: str
+    datastore_id: str
+    is_primary: bool
+    version: int
+    created: float
+    updated: float
+    accessed: float
+    deleted: float | None
+    patient_id: str | None
+    accession_number: str | None
+    study_id: str | None
+    study_uid: str | None
+    series_uid: str | None
+    study_moment: str | None
+    study_key: str
+    series_key: str
+    tags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of an image set."""
+
+    image_set_id: str
+    version: int
+    state: str
+    workflow: str
+    updated: float
+    message: str | None
+    forced: bool | None
+    is_primary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRow:
+    """Where the bytes of a frame are."""
+
+    frame_id: str
+    blob: str
+    content_type: str
+
+
+def _image_set(row: Sequence[Any]) -> ImageSet:
+    return ImageSet(row[0], row[1], bool(row[2]), *row[3:16], json.loads(row[16]))
+
+
+def _version(row: Sequence[Any]) -> Version:
+    forced = None if row[6] is None else bool(row[6])
+    return Version(row[0], row[1], row[2], row[3], row[4], row[5], forced, bool(row[7]))
+
+
+class Catalog:
+    """The catalog in one file.
+
+    I/O: opens, and creates when absent, the SQLite file; every method is one statement or runs
+    inside the caller's `transaction`. Safe to use from many threads.
+
+    Parameters
+    ----------
+    path : Path
+        The database file. Its folder must exist.
+
+    Raises
+    ------
+    LocalStoreError
+        The file is no catalog, or one of a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "cache_size=-65536"):
+                self._db.execute(f"PRAGMA {pragma}")
+            (found,) = self._db.execute("PRAGMA user_version").fetchone()
+            if found == 0:
+                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+            elif found != _SCHEMA_VERSION:
+                raise LocalStoreError(
+                    f"the catalog {path} has schema version {found}, this release reads {_SCHEMA_VERSION}: "
+                    "open it with the release that made it, or import into a new folder"
+                )
+        except sqlite3.Error as error:
+            raise LocalStoreError(f"cannot open the catalog {path}: {error}") from error
+
+    def close(self) -> None:
+        """Close the file. I/O: checkpoints the journal."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing for the statements inside; nests."""
+        with self._lock:
+            if self._depth == 0:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._depth -= 1
+            if self._depth == 0:
+                self._db.execute("COMMIT")
+
+    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+        with self._lock:
+            return self._db.execute(sql, values).fetchone()  # type: ignore[no-any-return]
+
+    def _do(self, sql: str, values: Sequence[Any] = ()) -> int:
+        with self._lock:
+            return self._db.execute(sql, values).rowcount
+
+    # Data stores
+
+    def save_datastore(self, store: Datastore) -> None:
+        """Insert or replace a data store."""
+        self._do(
+            "INSERT OR REPLACE INTO datastores VALUES(?,?,?,?,?,?,?,?,?)",
+            (store.id, store.name, store.status, store.storage_format, store.created, store.updated)
+            + (store.client_token, store.kms_key_arn, store.authorizer_arn),
+        )
+
+    def datastore(self, datastore_id: str) -> Datastore | None:
+        """The data store of this id."""
+        row = self._one("SELECT * FROM datastores WHERE id=?", (datastore_id,))
+        return Datastore(*row) if row else None
+
+    def datastore_by_token(self, client_token: str) -> Datastore | None:
+        """The data store that a request with this idempotency token made."""
+        row = self._one("SELECT * FROM datastores WHERE client_token=?", (client_token,))
+        return Datastore(*row) if row else None
+
+    def datastores(
+        self, status: str | None = None, after: Sequence[Any] | None = None, limit: int = -1
+    ) -> list[Datastore]:
+        """Data stores, oldest first, after the ``(created, id)`` given."""
+        sql = "SELECT * FROM datastores WHERE (?1 IS NULL OR status=?1)"
+        values: list[Any] = [status]
+        if after is not None:
+            sql += " AND (created, id) > (?2, ?3)"
+            values += after
+        return [Datastore(*row) for row in self._all(f"{sql} ORDER BY created, id LIMIT {int(limit)}", values)]
+
+    # Jobs
+
+    def save_job(self, job: Job) -> None:
+        """Insert or replace a job."""
+        self._do(
+            "INSERT OR REPLACE INTO jobs VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+            (job.id, job.datastore_id, job.name, job.status, job.role_arn, job.input_uri, job.output_uri)
+            + (job.submitted, job.ended, job.message, job.client_token, job.configuration),
+        )
+
+    def update_job(self, job: Job, **changes: Any) -> Job:
+        """Save `job` with some fields changed, and return it."""
+        job = replace(job, **changes)
+        self.save_job(job)
+        return job
+
+    def job(self, datastore_id: str, job_id: str) -> Job | None:
+        """The job of this id."""
+        row = self._one("SELECT * FROM jobs WHERE datastore_id=? AND id=?", (datastore_id, job_id))
+        return Job(*row) if row else None
+
+    def job_by_token(self, datastore_id: str, client_token: str) -> Job | None:
+        """The job that a request with this idempotency token started."""
+        row = self._one(
+            "SELECT * FROM jobs WHERE datastore_id=? AND client_token=?", (datastore_id, client_token)
+        )
+        return Job(*row) if row else None
+
+    def jobs(
+        self,
+        datastore_id: str | None = None,
+        status: str | None = None,
+        after: Sequence[Any] | None = None,
+        limit: int = -1,
+    ) -> list[Job]:
+        """Jobs, newest first, after the ``(submitted, id)`` given."""
+        sql = "SELECT * FROM jobs WHERE (?1 IS NULL OR datastore_id=?1) AND (?2 IS NULL OR status=?2)"
+        values: list[Any] = [datastore_id, status]
+        if after is not None:
+            sql += " AND (submitted, id) < (?3, ?4)"
+            values += after
+        sql += f" ORDER BY submitted DESC, id DESC LIMIT {int(limit)}"
+        return [Job(*row) for row in self._all(sql, values)]
+
+    # Image sets
+
+    def save_image_set(self, found: ImageSet) -> None:
+        """Insert or replace an image set's latest state."""
+        self._do(
+            "INSERT OR REPLACE INTO image_sets VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (found.id, found.datastore_id, found.is_primary, found.version, found.created, found.updated)
+            + (found.accessed, found.deleted, found.patient_id, found.accession_number, found.study_id)
+            + (found.study_uid, found.series_uid, found.study_moment, found.study_key, found.series_key)
+            + (json.dumps(found.tags),),
+        )
+
+    def image_set(self, datastore_id: str, image_set_id: str) -> ImageSet | None:
+        """The image set of this id, deleted ones included."""
+        row = self._one("SELECT * FROM image_sets WHERE id=? AND datastore_id=?", (image_set_id, datastore_id))
+        return _image_set(row) if row else None
+
+    def count_image_sets(self, datastore_id: str) -> int:
+        """How many image sets are not deleted."""
+        row = self._one(
+            "SELECT count(*) FROM image_sets WHERE datastore_id=? AND deleted IS NULL", (datastore_id,)
+        )
+        return int(row[0]) if row else 0
+
+    def primaries(self, datastore_id: str, *, study_uid: str) -> list[ImageSet]:
+        """The primary image sets of a study, oldest first."""
+        rows = self._all(
+            "SELECT * FROM image_sets WHERE datastore_id=? AND study_uid=? AND is_primary AND deleted IS NULL "
+            "ORDER BY created, id",
+            (datastore_id, study_uid),
+        )
+        return [_image_set(row) for row in rows]
+
+    def series_image_sets(self, datastore_id: str, series_uid: str) -> list[ImageSet]:
+        """The image sets of a series, primary or not, oldest first."""
+        rows = self._all(
+            "SELECT * FROM image_sets WHERE datastore_id=? AND series_uid=? AND deleted IS NULL "
+            "ORDER BY created, id",
+            (datastore_id, series_uid),
+        )
+        return [_image_set(row) for row in rows]
+
+    def search(
+        self,
+        datastore_id: str,
+        conditions: Sequence[tuple[str, Sequence[Any]]],
+        *,
+        order: str,
+        descending: bool,
+        after: Sequence[Any] | None,
+        limit: int,
+    ) -> list[ImageSet]:
+        """Image sets that are not deleted and meet every condition.
+
+        Parameters
+        ----------
+        conditions : sequence of (SQL, values)
+            Conditions on columns of ``image_sets``, with ``?`` for values. Never user text.
+        order : {"updated", "created", "study_moment"}
+            Sort column; the id breaks ties.
+        after : (value, id), optional
+            Last row of the page before.
+        """
+        column = f"coalesce({order}, '')" if order == "study_moment" else order
+        sql = "SELECT * FROM image_sets WHERE datastore_id=? AND deleted IS NULL"
+        values: list[Any] = [datastore_id]
+        for condition, arguments in conditions:
+            sql += f" AND ({condition})"
+            values += arguments
+        if after is not None:
+            sql += f" AND ({column}, id) {'<' if descending else '>'} (?, ?)"
+            values += after
+        way = "DESC" if descending else "ASC"
+        sql += f" ORDER BY {column} {way}, id {way} LIMIT ?"
+        return [_image_set(row) for row in self._all(sql, [*values, limit])]
+
+    def touch(self, image_set_id: str, moment: float) -> None:
+        """Note an access."""
+        self._do("UPDATE image_sets SET accessed=? WHERE id=?", (moment, image_set_id))
+
+    # Versions and their documents
+
+    def save_version(self, version: Version) -> None:
+        """Insert or replace a version."""
+        self._do(
+            "INSERT OR REPLACE INTO versions VALUES(?,?,?,?,?,?,?,?)",
+            (version.image_set_id, version.version, version.state, version.workflow, version.updated)
+            + (version.message, version.forced, version.is_primary),
+        )
+
+    def version(self, image_set_id: str, version: int) -> Version | None:
+        """One version of an image set."""
+        row = self._one("SELECT * FROM versions WHERE image_set_id=? AND version=?", (image_set_id, version))
+        return _version(row) if row else None
+
+    def versions(self, image_set_id: str, *, before: int | None = None, limit: int = -1) -> list[Version]:
+        """Versions, newest first."""
+        rows = self._all(
+            "SELECT * FROM versions WHERE image_set_id=?1 AND (?2 IS NULL OR version<?2) "
+            f"ORDER BY version DESC LIMIT {int(limit)}",
+            (image_set_id, before),
+        )
+        return [_version(row) for row in rows]
+
+    def unsettled_versions(self) -> list[Version]:
+        """Versions that a writer left LOCKED."""
+        return [_version(row) for row in self._all("SELECT * FROM versions WHERE state='LOCKED'")]
+
+    def save_document(self, image_set_id: str, version: int, body: bytes) -> None:
+        """Store a version's gzipped metadata document."""
+        self._do("INSERT OR REPLACE INTO documents VALUES(?,?,?)", (image_set_id, version, body))
+
+    def document(self, image_set_id: str, version: int) -> bytes | None:
+        """The gzipped metadata document in force at a version: its own, or the last one before.
+
+        A failed attempt makes a version without a document of its own.
+        """
+        row = self._one(
+            "SELECT body FROM documents WHERE image_set_id=? AND version<=? ORDER BY version DESC LIMIT 1",
+            (image_set_id, version),
+        )
+        return row[0] if row else None
+
+    # Frames
+
+    def add_frames(self, image_set_id: str, frames: Iterable[FrameRow]) -> None:
+        """List frames under an image set."""
+        with self._lock:
+            self._db.executemany(
+                "INSERT OR REPLACE INTO frames VALUES(?,?,?,?)",
+                ((image_set_id, frame.frame_id, frame.blob, frame.content_type) for frame in frames),
+            )
+
+    def frame(self, datastore_id: str, image_set_id: str, frame_id: str) -> FrameRow | None:
+        """Where a frame's bytes are, if the image set lists it and is not deleted."""
+        row = self._one(
+            "SELECT frame_id, blob, content_type FROM frames WHERE image_set_id=? AND frame_id=? AND EXISTS("
+            "SELECT 1 FROM image_sets WHERE id=image_set_id AND datastore_id=? AND deleted IS NULL)",
+            (image_set_id, frame_id, datastore_id),
+        )
+        return FrameRow(*row) if row else None
+
+    def frames(self, image_set_id: str) -> list[FrameRow]:
+        """Every frame an image set lists, in any version."""
+        rows = self._all(
+            "SELECT frame_id, blob, content_type FROM frames WHERE image_set_id=?", (image_set_id,)
+        )
+        return [FrameRow(*row) for row in rows]
+
+    def forget(self, image_set_id: str) -> None:
+        """Drop a deleted image set's frames and documents; its versions stay as a tombstone."""
+        self._do("DELETE FROM frames WHERE image_set_id=?", (image_set_id,))
+        self._do("DELETE FROM documents WHERE image_set_id=?", (image_set_id,))
+
+    def blobs(self) -> set[str]:
+        """The names of all blobs that some frame refers to."""
+        return {row[0] for row in self._all("SELECT DISTINCT blob FROM frames")}
+
+    # Tags
+
+    def tags(self, arn: str) -> dict[str, str]:
+        """Tags of a resource, by key."""
+        return dict(self._all("SELECT key, value FROM tags WHERE arn=? ORDER BY key", (arn,)))
+
+    def set_tags(self, arn: str, tags: dict[str, str]) -> None:
+        """Add tags, or replace their values."""
+        with self.transaction():
+            for key, value in tags.items():
+                self._do("INSERT OR REPLACE INTO tags VALUES(?,?,?)", (arn, key, value))
+
+    def drop_tags(self, arn: str, keys: Iterable[str]) -> None:
+        """Remove tags; absent ones are no error."""
+        with self.transaction():
+            for key in keys:
+                self._do("DELETE FROM tags WHERE arn=? AND key=?", (arn, key))

@@ -1,0 +1,262 @@
+"""A DICOM data set as the JSON levels of an image set's metadata document.
+
+Values are taken from the file's own bytes wherever pydicom still holds them raw: it is several
+times faster than converting every element, and it is what the service shows, decimal strings with
+their digits and pad blanks included. The rules are those of the service's documents: possibly
+multi-valued elements are lists, empty ones null, numbers of text VRs strings, binary base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+from pydicom import datadict
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.tag import BaseTag
+
+from ahi_ml.local.ingest.levels import LEVEL_OF
+
+__all__ = ["Levels", "read_levels"]
+
+Json = dict[str, Any]
+
+_TEXT: Final = frozenset({"SH", "LO", "UC", "ST", "LT", "UT", "PN"})
+_SINGLE_TEXT: Final = frozenset({"ST", "LT", "UT", "UR"})
+_PADDED: Final = frozenset({"DS", "IS"})  # the service keeps their pad blanks
+_NUMBERS: Final = {
+    **{"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d", "SV": "q", "UV": "Q"},
+    **{"US or SS": "H"},
+}
+_WORD_BYTES: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
+_SKIPPED: Final = frozenset(
+    {
+        0x7FE00001,  # extended offset table and its lengths: encoding, not content
+        0x7FE00002,
+        0x7FE00008,  # pixel data in its three forms
+        0x7FE00009,
+        0x7FE00010,
+        0xFFFCFFFC,  # trailing padding
+    }
+)
+_MOST_DEPTH: Final = 32
+
+
+@dataclass(slots=True)
+class Levels:
+    """What one instance says at each level, keyed by keyword (public) or hex tag (others).
+
+    Parameters
+    ----------
+    patient, study, series, instance : dict
+        Elements of each level.
+    vrs : dict
+        VR of the elements whose keys are tags.
+    discarded : list of str
+        Keys of elements whose values could not be read.
+    """
+
+    patient: Json = field(default_factory=dict)
+    study: Json = field(default_factory=dict)
+    series: Json = field(default_factory=dict)
+    instance: Json = field(default_factory=dict)
+    vrs: dict[str, str] = field(default_factory=dict)
+    discarded: list[str] = field(default_factory=list)
+
+    def get(self, keyword: str) -> Any:
+        """The value of a public element, stripped, whatever its level; None when absent or empty."""
+        level = LEVEL_OF.get(keyword, "Instance").lower()
+        value = getattr(self, level).get(keyword)
+        return value.strip() or None if isinstance(value, str) else value
+
+
+@lru_cache(maxsize=8192)
+def _entry(tag: int) -> tuple[str, str, bool]:
+    """Key, dictionary VR and whether values come as a list, for a tag."""
+    try:
+        if datadict.dictionary_has_tag(tag):  # false for repeating groups, whose keywords are not unique
+            key = datadict.dictionary_keyword(tag)
+            return key or f"{tag:08X}", datadict.dictionary_VR(tag), datadict.dictionary_VM(tag) != "1"
+    except KeyError:
+        pass
+    return f"{tag:08X}", "", False
+
+
+def read_levels(dataset: Dataset) -> Levels:
+    """Sort a data set's elements into the levels of a metadata document.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    dataset : pydicom.Dataset
+        With ``file_meta``. Elements still raw are read from their bytes.
+
+    Returns
+    -------
+    Levels
+
+    Raises
+    ------
+    ValueError
+        Sequences are nested deeper than any real object's.
+    """
+    levels = Levels()
+    merged: Json = {}
+    _read_into(getattr(dataset, "file_meta", None) or Dataset(), merged, levels, ["iso8859"], 0)
+    _read_into(dataset, merged, levels, ["iso8859"], 0)
+    homes = {"Patient": levels.patient, "Study": levels.study, "Series": levels.series}
+    for key, value in merged.items():
+        homes.get(LEVEL_OF.get(key, ""), levels.instance)[key] = value
+    return levels
+
+
+def _read_into(dataset: Dataset, target: Json, levels: Levels, encodings: list[str], depth: int) -> None:
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"sequences are nested deeper than {_MOST_DEPTH} levels")
+    encodings = _encodings(dataset, encodings)
+    signed = False
+    for tag in sorted(dataset.keys()):
+        if tag in _SKIPPED or (tag.element == 0 and tag.group != 0):
+            continue
+        key, dictionary_vr, plural = _entry(int(tag))
+        try:
+            element = dataset.get_item(tag)
+            vr = _vr(dataset, tag, element, dictionary_vr)
+            value: Any
+            if vr == "SQ":
+                items = dataset[tag].value
+                value = [_item(item, levels, encodings, depth) for item in items or []] or None
+            elif isinstance(element, RawDataElement):
+                raw = element.value if isinstance(element.value, bytes) else b""
+                value = _from_bytes(raw, vr, plural, encodings, element.is_little_endian, signed)
+            else:
+                value = _from_element(element, vr, plural)
+        except RecursionError:
+            raise ValueError("sequences are nested too deeply") from None
+        except (ValueError, TypeError, KeyError, AttributeError, struct.error, LookupError, OverflowError) as error:
+            if isinstance(error, ValueError) and "nested" in str(error):
+                raise
+            levels.discarded.append(key)
+            continue
+        if value is None and vr == "UN":
+            value = ""
+        target[key] = value
+        if len(key) == 8 and key[0] in "0123456789ABCDEF" and depth == 0:
+            levels.vrs[key] = vr
+        if tag == 0x00280103:
+            signed = value == 1
+
+
+def _item(item: Dataset, levels: Levels, encodings: list[str], depth: int) -> Json:
+    target: Json = {}
+    _read_into(item, target, levels, encodings, depth + 1)
+    return target
+
+
+def _encodings(dataset: Dataset, inherited: list[str]) -> list[str]:
+    if 0x00080005 not in dataset:
+        return inherited
+    try:
+        return convert_encodings(dataset.get("SpecificCharacterSet"))
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return inherited
+
+
+def _vr(dataset: Dataset, tag: BaseTag, element: Any, dictionary_vr: str) -> str:
+    if isinstance(element, DataElement) and isinstance(element.value, DicomSequence):
+        return "SQ"
+    vr = getattr(element, "VR", None)
+    if vr and vr != "UN":
+        return str(vr)
+    if dictionary_vr:  # implicit VR, or a writer that did not know the element
+        return "OW" if " or OW" in dictionary_vr or dictionary_vr.startswith("OB or") else dictionary_vr
+    if tag.is_private_creator:
+        return "LO"
+    if tag.is_private and vr != "UN":
+        creator = dataset.get_item(BaseTag((tag.group << 16) | (tag.element >> 8)))
+        name = getattr(creator, "value", None)
+        if isinstance(name, bytes):
+            name = name.decode("ascii", "replace").strip()
+        try:
+            return str(datadict.private_dictionary_VR(tag, str(name)))
+        except KeyError:
+            return "UN"
+    return "UN"
+
+
+def _shape(values: Sequence[Any], plural: bool) -> Any:
+    """A list when the dictionary says so or the file has several; None when there is nothing."""
+    if not values or (len(values) == 1 and values[0] == ""):
+        return None
+    return list(values) if plural or len(values) > 1 else values[0]
+
+
+def _from_bytes(
+    raw: bytes, vr: str, plural: bool, encodings: list[str], little_endian: bool, signed: bool
+) -> Any:
+    if vr in _NUMBERS:
+        code = "h" if vr == "US or SS" and signed else _NUMBERS[vr]
+        count = len(raw) // struct.calcsize(code)
+        return _shape(_plain(struct.unpack_from(f"{'<' if little_endian else '>'}{count}{code}", raw), vr), plural)
+    if vr == "AT":
+        words = struct.unpack(f"{'<' if little_endian else '>'}{len(raw) // 2}H", raw)
+        tags = [f"{group:04X}{element:04X}" for group, element in zip(words[::2], words[1::2], strict=True)]
+        return tags or None
+    if vr in _WORD_BYTES or vr in ("OB", "UN"):
+        if not little_endian and (size := _WORD_BYTES.get(vr)):
+            raw = np.frombuffer(raw, f">u{size}").astype(f"<u{size}").tobytes()
+        return base64.b64encode(raw).decode("ascii") or None
+    text = _text(raw, vr, encodings)
+    values = [text] if vr in _SINGLE_TEXT else text.split("\\")
+    if vr in _PADDED:
+        return _shape([value.rstrip("\0") for value in values], plural)
+    strip = str.rstrip if vr in _SINGLE_TEXT else str.strip
+    return _shape([strip(value, " \0") for value in values], plural)
+
+
+def _text(raw: bytes, vr: str, encodings: list[str]) -> str:
+    if raw.isascii() and b"\x1b" not in raw and b"~" not in raw:
+        return raw.decode("ascii")
+    if vr not in _TEXT:
+        return raw.decode("latin-1")
+    delimiters = {"^", "="} if vr == "PN" else {"\n", "\r", "\t", "\f", "\\"}
+    return decode_bytes(raw, encodings, delimiters)
+
+
+def _plain(numbers: Iterable[float], vr: str) -> list[Any]:
+    """Numbers as JSON can hold them: whole floats as integers, the shortest digits of float32."""
+    if vr not in ("FL", "FD"):
+        return list(numbers)
+    plain: list[Any] = []
+    for number in numbers:
+        value = float(str(np.float32(number))) if vr == "FL" else float(number)
+        if not math.isfinite(value):
+            plain.append("NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity")
+        else:
+            plain.append(int(value) if value.is_integer() and abs(value) < 2**53 else value)
+    return plain
+
+
+def _from_element(element: DataElement, vr: str, plural: bool) -> Any:
+    """The value of an element that pydicom has converted already."""
+    value = element.value
+    if value is None or (isinstance(value, str | bytes) and not value):
+        return None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    values = list(value) if isinstance(value, list | tuple) or element.VM > 1 else [value]
+    if vr in _NUMBERS:
+        return _shape(_plain(values, vr), plural)
+    if vr == "AT":
+        return [f"{int(each):08X}" for each in values]
+    return _shape([str(getattr(each, "original_string", each)) for each in values], plural)

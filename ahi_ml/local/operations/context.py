@@ -1,0 +1,123 @@
+"""What every operation works with: the stores, the account, page tokens and shared look-ups."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ahi_ml.local.blobs import BlobStore
+from ahi_ml.local.catalog import Catalog, Datastore, ImageSet
+from ahi_ml.local.ingest.runner import JobRunner
+from ahi_ml.local.protocol import ServiceFault
+
+__all__ = ["Context"]
+
+_PAGE = 50
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The parts of a running embedded store.
+
+    Parameters
+    ----------
+    catalog, blobs, jobs
+        Where things are kept and done.
+    region, account : str
+        What ARNs say.
+    secret : bytes
+        Signs page tokens.
+    clock : callable
+        Seconds since the epoch.
+    """
+
+    catalog: Catalog
+    blobs: BlobStore
+    jobs: JobRunner
+    region: str
+    account: str
+    secret: bytes
+    clock: Callable[[], float] = time.time
+
+    def datastore_arn(self, datastore_id: str) -> str:
+        """The ARN of a data store."""
+        return f"arn:aws:medical-imaging:{self.region}:{self.account}:datastore/{datastore_id}"
+
+    def image_set_arn(self, datastore_id: str, image_set_id: str) -> str:
+        """The ARN of an image set."""
+        return f"{self.datastore_arn(datastore_id)}/imageset/{image_set_id}"
+
+    def datastore(self, datastore_id: str, *, active: bool = True) -> Datastore:
+        """A data store, or the service's fault when it is not there or not ACTIVE."""
+        store = self.catalog.datastore(datastore_id)
+        if store is None:
+            raise ServiceFault("ResourceNotFoundException", f"Datastore with id {datastore_id} does not exist")
+        if active and store.status == "DELETED":
+            raise ServiceFault("ResourceNotFoundException", f"Datastore with id {datastore_id} does not exist")
+        if active and store.status != "ACTIVE":
+            raise ServiceFault("ConflictException", f"Datastore with id {datastore_id} is {store.status}")
+        return store
+
+    def image_set(self, datastore_id: str, image_set_id: str, *, deleted: bool = False) -> ImageSet:
+        """An image set, or the service's fault; deleted ones only when asked for."""
+        self.datastore(datastore_id)
+        found = self.catalog.image_set(datastore_id, image_set_id)
+        if found is None or (found.deleted is not None and not deleted):
+            raise ServiceFault(
+                "ResourceNotFoundException", f"ImageSet with id {image_set_id} does not exist in this datastore"
+            )
+        return found
+
+    def page(
+        self,
+        params: dict[str, Any],
+        read: Callable[[Sequence[Any] | None, int], list[Row]],
+        position: Callable[[Row], Sequence[Any]],
+        *,
+        bound_to: Any,
+    ) -> tuple[list[Row], str | None]:
+        """One page of a listing and the token of the next.
+
+        Parameters
+        ----------
+        params : dict
+            The request's, with ``maxResults`` and ``nextToken``.
+        read : callable
+            Rows after a position (None at the start), at most so many.
+        position : callable
+            A row's place in the order, JSON-able.
+        bound_to : JSON-able
+            What the listing is of: a token is good for the same request only.
+        """
+        size = params.get("maxResults") or _PAGE
+        after = self._open_token(params.get("nextToken"), bound_to)
+        rows = read(after, size + 1)
+        token = self._make_token(position(rows[size - 1]), bound_to) if len(rows) > size else None
+        return rows[:size], token
+
+    def _seal(self, text: bytes, bound_to: Any) -> bytes:
+        query = json.dumps(bound_to, sort_keys=True, default=str).encode()
+        return hmac.new(self.secret, query + b"\0" + text, hashlib.sha256).digest()[:16]
+
+    def _make_token(self, position: Sequence[Any], bound_to: Any) -> str:
+        text = json.dumps(list(position)).encode()
+        return base64.urlsafe_b64encode(self._seal(text, bound_to) + text).decode()
+
+    def _open_token(self, token: str | None, bound_to: Any) -> list[Any] | None:
+        if token is None:
+            return None
+        try:
+            data = base64.urlsafe_b64decode(token.encode())
+        except (binascii.Error, ValueError):
+            data = b""
+        if len(data) <= 16 or not hmac.compare_digest(data[:16], self._seal(data[16:], bound_to)):
+            raise ServiceFault("ValidationException", "The nextToken is not valid for this request")
+        return json.loads(data[16:])  # type: ignore[no-any-return]

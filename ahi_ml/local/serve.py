@@ -1,0 +1,230 @@
+"""The body of a server process: lock the folder, listen, publish, count leases, end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from ahi_ml.local.faults import Faults
+from ahi_ml.local.files import Endpoint, StoreFolder, hostname
+from ahi_ml.local.process import proof
+
+if TYPE_CHECKING:
+    from ahi_ml.local.server import Application
+
+__all__ = ["serve_folder"]
+
+_LOG = logging.getLogger(__name__)
+_LINGER_S = 3.0
+_FIRST_LEASE_S = 30.0
+_LOCK_S = 15.0
+_LOOPBACK = "127.0.0.1"
+
+
+def serve_folder(
+    path: Path,
+    *,
+    host: str = _LOOPBACK,
+    port: int = 0,
+    faults: Faults | None = None,
+    until_stopped: bool = False,
+    on_ready: Callable[[Endpoint], None] = lambda endpoint: None,
+) -> int:
+    """Serve a folder until its leases are gone, or until a signal.
+
+    I/O: everything the embedded store does.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    host, port
+        Where to listen; port 0 picks a free one.
+    faults : Faults, optional
+        In force unless a lease brings its own.
+    until_stopped : bool
+        Serve without leases too, as ``ahi-ml serve`` does.
+    on_ready : callable
+        Told the endpoint once requests are answered.
+
+    Returns
+    -------
+    int
+        0 when it served, or when another process serves the folder already; 1 when the lock
+        could not be had and nobody seems to serve.
+    """
+    folder = StoreFolder.open(path)
+    lock = FileLock(folder.lock, mode=0o600)
+    deadline = time.monotonic() + _LOCK_S
+    while True:  # the last server of the folder may be on its way out
+        try:
+            lock.acquire(timeout=0.05)
+            break
+        except Timeout:
+            served = folder.endpoint()
+            if served is not None and served.host == hostname() and not until_stopped:
+                return 0
+            if time.monotonic() > deadline:
+                sys.stderr.write("another process holds the lock of this folder\n")
+                return 1
+    try:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        asyncio.run(_serve(folder, host, port, faults or Faults(), until_stopped, on_ready))
+    finally:
+        lock.release()
+    return 0
+
+
+async def _serve(
+    folder: StoreFolder,
+    host: str,
+    port: int,
+    faults: Faults,
+    until_stopped: bool,
+    on_ready: Callable[[Endpoint], None],
+) -> None:
+    # Heavy imports come after the lock is won: a candidate that loses costs a bare interpreter.
+    import uvicorn
+
+    from ahi_ml.local.blobs import BlobStore
+    from ahi_ml.local.catalog import Catalog
+    from ahi_ml.local.ingest.job import Limits
+    from ahi_ml.local.ingest.runner import JobRunner
+    from ahi_ml.local.operations import Context
+    from ahi_ml.local.server import Application
+    from ahi_ml.local.signature import Verifier
+    from ahi_ml.local.uris import UriMap
+
+    warnings.filterwarnings("ignore", module="pydicom")  # remarks on odd values; a job's report has its own
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    keys = folder.keys()
+    catalog = Catalog(folder.catalog)
+    blobs = BlobStore(folder.blobs)
+    jobs = JobRunner(catalog, blobs, UriMap(folder.buckets), Limits())
+    jobs.recover()
+    listener = socket.create_server((host, port), backlog=1024)
+    address = "127.0.0.1" if host == "0.0.0.0" else host
+    endpoint = Endpoint(
+        url=f"http://{address}:{listener.getsockname()[1]}",
+        lease_port=0,
+        host=hostname(),
+        pid=os.getpid(),
+        token=secrets.token_hex(16),
+    )
+    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, bytes.fromhex(keys.page_secret))
+    verifier = Verifier({keys.access_key_id: keys.secret_access_key}, endpoint.region)
+    application = Application(context, verifier)
+    application.set_faults(faults)
+    config = uvicorn.Config(
+        application,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=300,
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+
+    def stop() -> None:
+        folder.withdraw()
+        server.should_exit = True
+
+    leases = _Leases(application, faults, endpoint.token, stop, lambda: jobs.idle, until_stopped)
+    holders = await asyncio.start_server(leases.hold, _LOOPBACK, 0)
+    endpoint = Endpoint(**{**_fields(endpoint), "lease_port": holders.sockets[0].getsockname()[1]})
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(leases.watch())
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.002)
+        folder.publish(endpoint)
+        on_ready(endpoint)
+        await serving
+    finally:
+        stop()
+        watching.cancel()
+        holders.close()
+        leases.drop_all()
+        application.close()
+        jobs.close()
+        catalog.close()
+
+
+def _fields(endpoint: Endpoint) -> dict[str, object]:
+    return {name: getattr(endpoint, name) for name in Endpoint.__dataclass_fields__}
+
+
+class _Leases:
+    """The connections that keep the server alive."""
+
+    def __init__(
+        self,
+        application: Application,
+        faults: Faults,
+        token: str,
+        stop: Callable[[], None],
+        idle: Callable[[], bool],
+        until_stopped: bool,
+    ) -> None:
+        self._application, self._faults, self._token = application, faults, token
+        self._stop, self._idle, self._until_stopped = stop, idle, until_stopped
+        self._held: dict[asyncio.StreamWriter, Faults | None] = {}
+        self._quiet_since = time.monotonic() + _FIRST_LEASE_S - _LINGER_S
+        self._stopping = False
+
+    async def hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One lease, from its greeting to the end of its connection."""
+        try:
+            hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
+            if self._stopping or hello.get("proof") != proof(self._token, "hello"):
+                return
+            self._held[writer] = Faults.parse(hello["faults"]) if hello.get("faults") else None
+            self._apply_faults()
+            writer.write(proof(self._token, "ready").encode() + b"\n")
+            await writer.drain()
+            await reader.read()  # returns when the holder is gone, however it went
+        except (OSError, ValueError, TypeError, AttributeError, TimeoutError):
+            return
+        finally:
+            if self._held.pop(writer, False) is not False:
+                self._quiet_since = time.monotonic()
+                self._apply_faults()
+            writer.close()
+
+    def _apply_faults(self) -> None:
+        asked = [faults for faults in self._held.values() if faults is not None]
+        self._application.set_faults(asked[-1] if asked else self._faults)
+
+    async def watch(self) -> None:
+        """End the server when nobody has held it for a while and its jobs are done."""
+        while not self._until_stopped:
+            await asyncio.sleep(0.1)
+            if self._held or not self._idle():
+                self._quiet_since = max(self._quiet_since, time.monotonic())
+            elif time.monotonic() - self._quiet_since > _LINGER_S:
+                self._stopping = True
+                self._stop()
+                return
+
+    def drop_all(self) -> None:
+        """Close what is left, so that holders notice."""
+        for writer in self._held:
+            with contextlib.suppress(OSError):
+                writer.close()

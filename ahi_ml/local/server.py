@@ -1,0 +1,109 @@
+"""The HTTP face of the embedded store: a bare ASGI callable over the operations.
+
+It authenticates before it parses, answers frames on the event loop (a look-up and one file read)
+and everything else in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ahi_ml.local.faults import Faults
+from ahi_ml.local.operations import Context, call
+from ahi_ml.local.protocol import HttpRequest, HttpResponse, Protocol, ServiceFault
+from ahi_ml.local.signature import Verifier
+
+__all__ = ["Application"]
+
+_LOG = logging.getLogger(__name__)
+_MOST_BODY = 2**20  # the largest member of any request is 260,000 characters
+_INLINE = frozenset({"GetImageFrame"})
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Application:
+    """The ASGI application.
+
+    Parameters
+    ----------
+    context : Context
+        What the operations work with.
+    verifier : Verifier
+        Checks the signature of every request.
+    """
+
+    def __init__(self, context: Context, verifier: Verifier) -> None:
+        self._context = context
+        self._verifier = verifier
+        self._protocol = Protocol()
+        self._threads = ThreadPoolExecutor(8, "ahi-ml-operation")
+        self.set_faults(Faults())
+
+    def set_faults(self, faults: Faults) -> None:
+        """Change the fault injector, from the next request on."""
+        self._faults, self._random = faults, faults.randomness()
+
+    def close(self) -> None:
+        """End the threads, once their operations are done."""
+        self._threads.shutdown()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        request_id = os.urandom(16).hex()
+        try:
+            response = await self._answer(scope, receive, request_id)
+        except ServiceFault as fault:
+            response = self._protocol.serialise_fault(fault, request_id)
+        except Exception:
+            _LOG.exception("request %s", request_id)
+            fault = ServiceFault("InternalServerException", f"The request {request_id} failed; see the server's log")
+            response = self._protocol.serialise_fault(fault, request_id)
+        if delay := self._faults.delay_s(self._random):
+            await asyncio.sleep(delay)
+        head = {"type": "http.response.start", "status": response.status}
+        length = (b"content-length", b"%d" % len(response.body))
+        await send({**head, "headers": [*response.headers, length]})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _answer(self, scope: Message, receive: Receive, request_id: str) -> HttpResponse:
+        request = HttpRequest(
+            scope["method"],
+            scope["raw_path"].decode("latin-1"),
+            scope["query_string"].decode("latin-1"),
+            {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
+            await _body(receive),
+        )
+        self._verifier.verify(request)
+        asked = self._protocol.parse(request)
+        if asked.operation in _INLINE:
+            result = call(self._context, asked.operation, asked.params)
+        else:
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(self._threads, call, self._context, asked.operation, asked.params)
+        return self._protocol.serialise(asked.operation, result, request_id)
+
+
+async def _body(receive: Receive) -> bytes:
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        return body
+    parts = [body]
+    size = len(body)
+    while message.get("more_body"):
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > _MOST_BODY:
+            raise ServiceFault("RequestEntityTooLargeException", f"A request has at most {_MOST_BODY} bytes", 413)
+    return b"".join(parts)

@@ -374,7 +374,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Scale:
-    """A line from modality values `low`..`high` to 0..1, clipped. A frame step; ConfigError unless low < high."""
+    """Modality values `low`..`high` to 0..1, clipped. A frame step. ConfigError unless low < high."""
 
     low: float
     high: float
@@ -489,8 +489,8 @@ def uint8(display: AnyArray) -> NDArray[np.uint8]:
 def ybr_full_to_rgb(image: AnyArray) -> NDArray[np.uint8]:
     """Turn YBR_FULL into RGB, PS3.3 C.7.6.3.1.2; YBR_FULL_422 too, once a decoder has upsampled it.
 
-    Rounds to nearest, halves up, in exact integer arithmetic. Float32 arithmetic gets green wrong by 1 for some
-    30 of the 16.8 million inputs.
+    Rounds to nearest, halves up, in exact integer arithmetic; float32 arithmetic gets green wrong by 1 for
+    some 30 of the 16.8 million inputs.
 
     I/O: none.
 

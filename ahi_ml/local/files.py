@@ -104,7 +104,8 @@ class StoreFolder:
         """
         folder = cls(Path(os.path.realpath(path.expanduser())))
         try:
-            names = os.listdir(folder.root)
+            # Another opener may be making the keys right now.
+            names = [name for name in os.listdir(folder.root) if not name.lstrip(".").startswith("keys.json.")]
         except FileNotFoundError:
             if not create:
                 raise ConfigError(

@@ -154,7 +154,7 @@ def _take_lease(endpoint: Endpoint, faults: Mapping[str, Any] | None) -> socket.
 
 
 def _start(folder: StoreFolder) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ahi_ml.local", os.fspath(folder.root)]
+    command = [sys.executable, "-P", "-m", "ahi_ml.local", os.fspath(folder.root)]
     # The server outlives this process's terminal and its interrupts, and inherits nothing it would
     # keep open. It must find this package the way this process did.
     paths = os.pathsep.join(dict.fromkeys(os.fspath(entry) for entry in sys.path if entry))

@@ -400,7 +400,7 @@ def _reject_constant(text: str) -> NoReturn:
 
 
 _decode_json = json.JSONDecoder(parse_constant=_reject_constant).decode
-_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _read_body(body: bytes) -> dict[str, Any] | None:

@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 _LINGER_S = 3.0
 _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
+_LOCK_ELSEWHERE_S = 2.0
 _LOOPBACK = "127.0.0.1"
 
 
@@ -68,19 +71,21 @@ def serve_folder(
     """
     folder = StoreFolder.open(path)
     lock = FileLock(folder.lock, mode=0o600)
-    deadline = time.monotonic() + _LOCK_S
+    started = time.monotonic()
     while True:  # the last server of the folder may be on its way out
         try:
             lock.acquire(timeout=0.05)
             break
         except Timeout:
             served = folder.endpoint()
-            if served is not None and served.host == hostname() and not until_stopped:
+            here = served is None or served.host == hostname()
+            if served is not None and here and not until_stopped:
                 return 0
-            if time.monotonic() > deadline:
+            if time.monotonic() - started > (_LOCK_S if here else _LOCK_ELSEWHERE_S):
                 sys.stderr.write("another process holds the lock of this folder\n")
                 return 1
     try:
+        folder.withdraw()  # a killed server's, or another machine's: whoever holds the lock says where it is
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         asyncio.run(_serve(folder, host, port, faults or Faults(), until_stopped, on_ready))
     finally:
@@ -146,6 +151,9 @@ async def _serve(
         folder.withdraw()
         server.should_exit = True
 
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn ends in order on this signal, and then raises it again for the handler it found.
+        signal.signal(signal.SIGTERM, lambda number, frame: stop())
     leases = _Leases(application, faults, endpoint.token, stop, lambda: jobs.idle, until_stopped)
     holders = await asyncio.start_server(leases.hold, _LOOPBACK, 0)
     endpoint = Endpoint(**{**_fields(endpoint), "lease_port": holders.sockets[0].getsockname()[1]})

@@ -44,12 +44,12 @@ def _invalid(text: str = _MISMATCH) -> NoReturn:
 
 
 def _split_authorization(value: str) -> dict[str, str]:
-    algorithm, _, rest = value.strip().partition(" ")
+    algorithm, _, rest = value.strip(" \t").partition(" ")
     if algorithm != _ALGORITHM:
         _incomplete(f"Authorization header requires the algorithm {_ALGORITHM}")
     fields: dict[str, str] = {}
     for part in rest.split(","):
-        name, equals, text = part.strip().partition("=")
+        name, equals, text = part.strip(" \t").partition("=")
         if not equals or name in fields:
             _incomplete("Authorization header is malformed")
         fields[name] = text

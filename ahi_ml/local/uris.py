@@ -53,7 +53,8 @@ class UriMap:
         """Yield key and path of every file whose key begins with the URI's, sorted.
 
         I/O: walks folders. As on S3 the key is a prefix: without a ``/`` at its end it also matches
-        siblings that begin with the same text. Links to folders are not followed.
+        siblings that begin with the same text. Links to folders are not followed, and what is no
+        file (a pipe, a link to nowhere) is no object.
         """
         base, prefix = self.base(uri)
         parent, _, stem = prefix.rpartition("/")
@@ -68,6 +69,7 @@ class UriMap:
                     names.sort()
                     for file in sorted(files):
                         path = Path(folder, file)
-                        yield path.relative_to(base).as_posix(), path
+                        if path.is_file():
+                            yield path.relative_to(base).as_posix(), path
             elif entry.is_file():
                 yield Path(entry.path).relative_to(base).as_posix(), Path(entry.path)

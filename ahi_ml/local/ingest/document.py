@@ -112,19 +112,25 @@ def read_levels(dataset: Dataset) -> Levels:
     """
     levels = Levels()
     merged: Json = {}
-    _read_into(getattr(dataset, "file_meta", None) or Dataset(), merged, levels, ["iso8859"], 0)
-    _read_into(dataset, merged, levels, ["iso8859"], 0)
+    _read_into(getattr(dataset, "file_meta", None) or Dataset(), merged, levels, ["iso8859"])
+    _read_into(dataset, merged, levels, ["iso8859"])
     homes = {"Patient": levels.patient, "Study": levels.study, "Series": levels.series}
     for key, value in merged.items():
         homes.get(LEVEL_OF.get(key, ""), levels.instance)[key] = value
     return levels
 
 
-def _read_into(dataset: Dataset, target: Json, levels: Levels, encodings: list[str], depth: int) -> None:
+def _read_into(
+    dataset: Dataset,
+    target: Json,
+    levels: Levels,
+    encodings: list[str],
+    signed: bool = False,
+    depth: int = 0,
+) -> None:
     if depth > _MOST_DEPTH:
         raise ValueError(f"sequences are nested deeper than {_MOST_DEPTH} levels")
     encodings = _encodings(dataset, encodings)
-    signed = False
     for tag in sorted(dataset.keys()):
         if tag in _SKIPPED or (tag.element == 0 and tag.group != 0):
             continue
@@ -135,7 +141,7 @@ def _read_into(dataset: Dataset, target: Json, levels: Levels, encodings: list[s
             value: Any
             if vr == "SQ":
                 items = dataset[tag].value
-                value = [_item(item, levels, encodings, depth) for item in items or []] or None
+                value = [_item(item, levels, encodings, signed, depth) for item in items or []] or None
             elif isinstance(element, RawDataElement):
                 raw = element.value if isinstance(element.value, bytes) else b""
                 value = _from_bytes(raw, vr, plural, encodings, element.is_little_endian, signed)
@@ -151,15 +157,15 @@ def _read_into(dataset: Dataset, target: Json, levels: Levels, encodings: list[s
         if value is None and vr == "UN":
             value = ""
         target[key] = value
-        if len(key) == 8 and key[0] in "0123456789ABCDEF" and depth == 0:
+        if depth == 0 and key == f"{tag:08X}":
             levels.vrs[key] = vr
         if tag == 0x00280103:
             signed = value == 1
 
 
-def _item(item: Dataset, levels: Levels, encodings: list[str], depth: int) -> Json:
+def _item(item: Dataset, levels: Levels, encodings: list[str], signed: bool, depth: int) -> Json:
     target: Json = {}
-    _read_into(item, target, levels, encodings, depth + 1)
+    _read_into(item, target, levels, encodings, signed, depth + 1)
     return target
 
 

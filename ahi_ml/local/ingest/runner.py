@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from ahi_ml.local.uris import UriMap
 __all__ = ["JobRunner"]
 
 _LOG = logging.getLogger(__name__)
+_UNSAYABLE = re.compile(r"[^\w -:`]", re.ASCII)  # what the service's model keeps out of messages
 
 
 class JobRunner:
@@ -65,7 +67,7 @@ class JobRunner:
         try:
             run_job(self._catalog, self._blobs, self._uris, store, job, limits=self._limits)
         except JobFailure as failure:
-            self._end(job, "FAILED", str(failure)[:2048])
+            self._end(job, "FAILED", str(failure))
         except Exception as error:
             _LOG.exception("import job %s", job.id)
             self._end(job, "FAILED", f"DICOM import job has failed. Internal error ({type(error).__name__})")
@@ -73,4 +75,6 @@ class JobRunner:
             self._end(job, "COMPLETED", None)
 
     def _end(self, job: Job, status: str, message: str | None) -> None:
+        if message is not None:
+            message = _UNSAYABLE.sub(" ", message)[:2048]
         self._catalog.update_job(job, status=status, ended=time.time(), message=message)

@@ -460,6 +460,13 @@ def test_update_takes_exactly_one_change(protocol: Protocol) -> None:
     assert "'latestVersionId'" in refuse(protocol, HttpRequest("POST", path, "", {}, b"{}")).text
 
 
+def test_digits_are_ascii(protocol: Protocol) -> None:
+    path = f"/datastore/{DS}/imageSet/{IS}/getImageSet"
+    for version in ("%D9%A3", "", "1%0A", "9" * 5000):
+        fault = refuse(protocol, HttpRequest("POST", path, f"version={version}", {}, b""))
+        assert "1 validation error detected: Value at 'versionId' failed" in fault.text
+
+
 def test_problems_are_counted_and_joined(protocol: Protocol) -> None:
     fault = refuse(protocol, frame_request(b'{"imageFrameId": 1}', "/datastore/a/imageSet/b/getImageFrame"))
     assert fault.text == (

@@ -1,0 +1,195 @@
+"""The frame cache: encoded frames on disk, one file each, found by an opaque name. Floor 2.
+
+Readers see whole entries or none: an entry is written beside its place and moved there. A header
+holds its length and CRC, so one torn by a power cut is noticed and dropped. The cache is a
+convenience: a full disk or a read-only folder costs one warning, never a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ahi_ml.codec import crc32
+from ahi_ml.errors import CacheError
+from ahi_ml.types import Buffer
+
+__all__ = ["CacheEntry", "CacheStats", "FrameCache"]
+
+_LOG = logging.getLogger(__name__)
+_MAGIC = b"AHIF"
+_FORMAT = 1
+_HEADER = struct.Struct("<4sHHIQ12x")  # magic, format, flags, CRC of the payload, its length
+_VERIFIED = 1
+_STALE_S = 3600.0
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counts since the cache was opened in this process."""
+
+    hits: int = 0
+    misses: int = 0
+    writes: int = 0
+    corrupt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """A cached frame.
+
+    Parameters
+    ----------
+    data : memoryview
+        Its encoded bytes.
+    verified : bool
+        Whether its pixels were checked against the data store's checksum when it was written.
+    """
+
+    data: memoryview
+    verified: bool
+
+
+class FrameCache:
+    """Encoded frames under one folder, shared by threads and processes.
+
+    Parameters
+    ----------
+    folder : Path
+        Made on first write, private to the user.
+
+    I/O: none until used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stats = CacheStats()
+        self._lock = threading.Lock()
+        self._disabled = False
+        self._ready = False
+
+    def __repr__(self) -> str:
+        return f"<FrameCache {str(self.folder)!r}: {self._stats.hits:,} hits, {self._stats.misses:,} misses>"
+
+    def __reduce__(self) -> tuple[type[FrameCache], tuple[Path]]:
+        return FrameCache, (self.folder,)
+
+    def _path(self, datastore_id: str, frame_id: str) -> str:
+        name = hashlib.blake2b(f"{datastore_id}\0{frame_id}".encode(), digest_size=16).hexdigest()
+        return f"{self.folder}{os.sep}frames{os.sep}{name[:2]}{os.sep}{name[2:]}"
+
+    def get(self, datastore_id: str, frame_id: str) -> CacheEntry | None:
+        """The cached frame, or None. I/O: one file; a damaged one is deleted and counted."""
+        path = self._path(datastore_id, frame_id)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                data = file.read()
+        except FileNotFoundError:
+            return self._miss()
+        except OSError as error:
+            self._disable(error)
+            return self._miss()
+        if len(data) >= _HEADER.size:
+            magic, version, flags, checksum, length = _HEADER.unpack_from(data)
+            payload = memoryview(data)[_HEADER.size :]
+            if magic == _MAGIC and version == _FORMAT and length == len(payload) and crc32(payload) == checksum:
+                with self._lock:
+                    self._stats.hits += 1
+                return CacheEntry(payload, bool(flags & _VERIFIED))
+        self.drop(datastore_id, frame_id)
+        with self._lock:
+            self._stats.corrupt += 1
+        return self._miss()
+
+    def _miss(self) -> None:
+        with self._lock:
+            self._stats.misses += 1
+
+    def put(self, datastore_id: str, frame_id: str, data: Buffer, *, verified: bool) -> None:
+        """Store a frame. I/O: one file; when the disk refuses, one warning and no cache from then on."""
+        if self._disabled:
+            return
+        header = _HEADER.pack(_MAGIC, _FORMAT, _VERIFIED if verified else 0, crc32(data), len(data))
+        path = self._path(datastore_id, frame_id)
+        temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.part"
+        try:
+            self._prepare()
+            try:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                with open(descriptor, "wb", buffering=0) as file:
+                    file.write(header)
+                    file.write(data)
+                os.replace(temporary, path)
+            except BaseException:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                raise
+        except OSError as error:
+            self._disable(error)
+            return
+        with self._lock:
+            self._stats.writes += 1
+
+    def drop(self, datastore_id: str, frame_id: str) -> None:
+        """Forget a frame, if it is there. I/O: removes one file."""
+        try:
+            os.unlink(self._path(datastore_id, frame_id))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._disable(error)
+
+    def stats(self) -> dict[str, int]:
+        """Counts of this process: hits, misses, writes, corrupt. I/O: none."""
+        with self._lock:
+            return asdict(self._stats)
+
+    def size(self) -> tuple[int, int]:
+        """Number and bytes of the entries. I/O: lists the folder."""
+        sizes = [path.stat().st_size for path in self._files() if not path.name.endswith(".part")]
+        return len(sizes), sum(sizes)
+
+    def clear(self, *, older_than_s: float = 0.0) -> int:
+        """Delete entries not written for a while, and abandoned temporary files; return how many.
+
+        I/O: lists the folder, removes files.
+        """
+        now = time.time()
+        removed = 0
+        for path in self._files():
+            age = _STALE_S if path.name.endswith(".part") else older_than_s
+            if now - path.stat().st_mtime >= age:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("frames/*/*") if path.is_file())
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = self.folder.stat().st_mode & 0o077
+        if mode and os.name == "posix":
+            raise CacheError(
+                f"the cache folder {self.folder} can be read by other users (mode {mode:o}): it would show them "
+                "images. Make it private (chmod 700) or name another with AHI_ML_CACHE"
+            )
+        self._ready = True
+
+    def _disable(self, error: OSError) -> None:
+        with self._lock:
+            if not self._disabled:
+                self._disabled = True
+                _LOG.warning("the frame cache %s is not used from here on: %s", self.folder, error)

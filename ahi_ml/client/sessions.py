@@ -1,0 +1,125 @@
+"""Boto3 clients for a data store: the one place that makes them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+from ahi_ml._version import __version__
+from ahi_ml.client.failures import translated
+
+__all__ = ["AccessKeys", "PerProcess", "Service", "make_client"]
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class AccessKeys:
+    """Keys given outright; without them boto3 looks where it always does."""
+
+    access_key_id: str
+    secret_access_key: str
+
+    def __repr__(self) -> str:
+        return "AccessKeys(...)"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Which service endpoint to talk to, and as whom.
+
+    Parameters
+    ----------
+    region, profile, endpoint_url : str, optional
+        As boto3 takes them; None leaves each to boto3's own rules.
+    keys : AccessKeys, optional
+        Instead of boto3's credential chain.
+    """
+
+    region: str | None = None
+    profile: str | None = None
+    endpoint_url: str | None = None
+    keys: AccessKeys | None = None
+
+
+def make_client(service: Service, *, connections: int = 64) -> Any:
+    """A ``medical-imaging`` client. I/O: boto3's configuration files; no request.
+
+    Parameters
+    ----------
+    service : Service
+        Endpoint and credentials.
+    connections : int
+        Size of the connection pool: as many requests as may be in flight.
+
+    Raises
+    ------
+    ConfigError
+        No region, or no such profile.
+    """
+    import boto3
+    from botocore.config import Config
+
+    options: dict[str, Any] = {}
+    endpoint = service.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_MEDICAL_IMAGING")
+    if endpoint and _is_local(endpoint):
+        # Botocore would put "runtime-" before the host, which no loopback address survives.
+        options["inject_host_prefix"] = False
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=connections,
+        retries={"mode": "standard", "max_attempts": 8},
+        tcp_keepalive=True,
+        user_agent_extra=f"ahi_ml/{__version__}",
+        **options,
+    )
+    keys = service.keys
+    with translated("connect"):
+        session = boto3.session.Session(profile_name=service.profile, region_name=service.region)
+        return session.client(
+            "medical-imaging",
+            endpoint_url=service.endpoint_url,
+            aws_access_key_id=keys.access_key_id if keys else None,
+            aws_secret_access_key=keys.secret_access_key if keys else None,
+            config=config,
+        )
+
+
+def _is_local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return True
+
+
+class PerProcess(Generic[Made]):
+    """Something made on first use in each process: clients and threads do not survive a fork.
+
+    Parameters
+    ----------
+    make : callable
+        Makes it.
+    """
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._make = make
+        self._made: tuple[int, Made] | None = None
+
+    def get(self) -> Made:
+        """This process's own. I/O: whatever making it does, the first time."""
+        pid = os.getpid()
+        if self._made is None or self._made[0] != pid:
+            self._made = (pid, self._make())
+        return self._made[1]
+
+    def existing(self) -> Made | None:
+        """This process's own if it was made, and forget it. I/O: none."""
+        made, self._made = self._made, None
+        return made[1] if made is not None and made[0] == os.getpid() else None

@@ -1,0 +1,25 @@
+"""Where options come from when they are not given: the environment, then defaults. Floor 1."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_folder", "decode_threads"]
+
+_CACHE_VARIABLE = "AHI_ML_CACHE"
+
+
+def cache_folder(argument: str | os.PathLike[str] | None = None) -> Path:
+    """The cache folder: the argument, then ``AHI_ML_CACHE``, then the user's cache folder. I/O: none."""
+    chosen = argument if argument is not None else os.environ.get(_CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("ahi_ml"))
+
+
+def decode_threads() -> int:
+    """As many threads as cores this process may use. I/O: none."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,142 @@
+"""The small language of ``index.where("Rows == 512 and Modality in ('CT', 'MR')")``.
+
+Python's own grammar, a handful of its nodes, evaluated by Arrow on whole columns. Nothing is called
+and nothing is looked up but columns.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ahi_ml.errors import ConfigError
+
+__all__ = ["columns_of", "evaluate", "unknown_column"]
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: pc.divide,
+}
+
+
+def _parse(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ConfigError(f"cannot read the expression {expression!r}: {error}") from error
+
+
+def unknown_column(name: str, known: Collection[str]) -> ConfigError:
+    """The error for a column that is not there, with close matches. I/O: none."""
+    close = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"the columns are {', '.join(sorted(known))}"
+    return ConfigError(f"no column {name!r}: {hint}")
+
+
+def columns_of(expression: str) -> set[str]:
+    """The column names an expression uses. I/O: none.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be parsed.
+    """
+    return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)}
+
+
+def evaluate(expression: str, columns: dict[str, Any]) -> Any:
+    """Evaluate an expression to a boolean column. Null compares false.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    expression : str
+        Comparisons (chained ones too), ``in``, ``and``, ``or``, ``not``, ``is None``, + - * /,
+        column names and literals; ``column[0]`` for an element of a list column.
+    columns : dict
+        Arrow arrays by name, all of one length.
+
+    Raises
+    ------
+    ConfigError
+        Another construct, an unknown column, or types that do not compare.
+    """
+    try:
+        result = _value(_parse(expression), columns)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ConfigError(f"cannot evaluate {expression!r}: {error}") from error
+    if not isinstance(result, pa.Array | pa.ChunkedArray) or not pa.types.is_boolean(result.type):
+        raise ConfigError(f"the expression {expression!r} is not a condition")
+    return pc.fill_null(result, False)
+
+
+def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() as literal):
+            return literal
+        case ast.Name(id=name):
+            if name not in columns:
+                raise unknown_column(name, columns)
+            return columns[name]
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return pc.invert(pc.fill_null(_value(operand, columns), False))
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as literal)):
+            return -literal
+        case ast.BoolOp(op=joint, values=parts):
+            combine = pc.and_ if isinstance(joint, ast.And) else pc.or_
+            result = pc.fill_null(_value(parts[0], columns), False)
+            for part in parts[1:]:
+                result = combine(result, pc.fill_null(_value(part, columns), False))
+            return result
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _ARITHMETIC:
+            return _ARITHMETIC[type(sign)](_value(left, columns), _value(right, columns))
+        case ast.Subscript(value=ast.Name() as name, slice=ast.Constant(value=int() as place)):
+            column = _value(name, columns)
+            if not pa.types.is_list(column.type):
+                raise ConfigError(f"{name.id} is not a list column")
+            long_enough = pc.greater(pc.list_value_length(column), place)
+            return pc.list_element(pc.if_else(pc.fill_null(long_enough, False), column, pa.scalar([None] * (place + 1), column.type)), place)
+        case ast.Compare(left=left, ops=signs, comparators=others):
+            result, before = None, left
+            for sign, other in zip(signs, others, strict=True):
+                outcome = _compare(before, sign, other, columns)
+                result = outcome if result is None else pc.and_(result, outcome)
+                before = other
+            return result
+    raise ConfigError(f"expressions have no {type(node).__name__}: {ast.unparse(node)!r}")
+
+
+def _compare(left: ast.expr, sign: ast.cmpop, right: ast.expr, columns: dict[str, Any]) -> Any:
+    if isinstance(sign, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
+        column = _value(left, columns)
+        return column.is_null() if isinstance(sign, ast.Is) else column.is_valid()
+    value = _value(left, columns)
+    if isinstance(sign, ast.In | ast.NotIn):
+        if not isinstance(right, ast.Tuple | ast.List | ast.Set):
+            raise ConfigError("the right side of 'in' is a list of literals")
+        choices = [_value(each, columns) for each in right.elts]
+        inside = pc.is_in(value, pa.array(choices, value.type if choices else None))
+        return pc.invert(inside) if isinstance(sign, ast.NotIn) else inside
+    compare = _COMPARISONS.get(type(sign))
+    if compare is None:
+        raise ConfigError(f"expressions have no {type(sign).__name__}")
+    other = _value(right, columns)
+    if not isinstance(value, pa.Array | pa.ChunkedArray) and not isinstance(other, pa.Array | pa.ChunkedArray):
+        raise ConfigError("a comparison needs a column")
+    return pc.fill_null(compare(value, other), False)

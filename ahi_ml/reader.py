@@ -1,0 +1,379 @@
+"""From frames named in an index to arrays: cache, fetch, decode, verify, convert. Floor 3.
+
+The one hot path. Many frames are under way at once: the transport's requests wait on the network,
+a pool of as many threads as cores decodes (the codecs release the GIL) straight into the caller's
+arrays. What a caller submits together is a `Batch`; nothing here decides how much may be under way,
+whoever submits does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ahi_ml.cache import FrameCache
+from ahi_ml.client import FrameTransport
+from ahi_ml.codec import crc32, decode
+from ahi_ml.config import decode_threads
+from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError
+from ahi_ml.index import FrameProfile, FrameSource
+from ahi_ml.pixels import Rescale, Window, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
+from ahi_ml.types import AnyArray, Buffer, FrameStep, Output
+
+__all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a frame is turned into.
+
+    Parameters
+    ----------
+    output : {"stored", "modality", "display"}
+        Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
+        by the file's first window.
+    dtype : dtype, optional
+        Of the result: by default the stored dtype for "stored", else float32.
+    steps : tuple of FrameStep
+        Applied in place, in order, after the output.
+    padding : "keep", "mask" or float
+        Pixels equal to the file's padding value stay, become NaN, or become this value.
+    window : Window, optional
+        Instead of the file's own, for "display".
+    verify : bool
+        Whether to compare with the data store's checksums.
+    """
+
+    output: Output = "modality"
+    dtype: Any = None
+    steps: tuple[FrameStep, ...] = ()
+    padding: Literal["keep", "mask"] | float = "keep"
+    window: Window | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.output not in ("stored", "modality", "display"):
+            raise ConfigError(f"output is 'stored', 'modality' or 'display', not {self.output!r}")
+        if isinstance(self.padding, str) and self.padding not in ("keep", "mask"):
+            raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
+        if self.output == "stored" and (self.steps or self.padding != "keep"):
+            raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
+
+    def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
+        """The dtype a frame of this profile comes out in. I/O: none."""
+        if self.dtype is not None:
+            return np.dtype(self.dtype)
+        return np.dtype(profile.pixels.dtype) if self.output == "stored" else np.dtype(np.float32)
+
+
+@dataclass(slots=True)
+class ReaderStats:
+    """Counts of frames since the reader was made.
+
+    Parameters
+    ----------
+    cached, fetched : int
+        Where the bytes came from.
+    verified, unverified : int
+        Whether the pixels were compared with a checksum, now or when they were cached.
+    refetched : int
+        Frames whose first bytes failed the comparison.
+    bytes_fetched : int
+        Encoded bytes over the network.
+    """
+
+    cached: int = 0
+    fetched: int = 0
+    verified: int = 0
+    unverified: int = 0
+    refetched: int = 0
+    bytes_fetched: int = 0
+
+
+class Batch:
+    """Frames submitted together.
+
+    I/O: `wait` blocks until all are there.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._outcomes: list[AnyArray | BaseException | None] = [None] * count
+        self._left = count
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self.cancelled = False
+        if count == 0:
+            self._done.set()
+
+    def finish(self, slot: int, outcome: AnyArray | BaseException) -> None:
+        """Note the outcome of one frame. Called by the reader."""
+        with self._lock:
+            self._outcomes[slot] = outcome
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def cancel(self) -> None:
+        """Let frames that have not been decoded go."""
+        self.cancelled = True
+
+    def outcomes(self, timeout_s: float | None = None) -> list[AnyArray | BaseException]:
+        """Arrays, or the errors in their places, in the order submitted.
+
+        Raises
+        ------
+        TimeoutError
+            Not all are there yet.
+        """
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"{self._left} of {len(self._outcomes)} frames are still under way")
+        return self._outcomes  # type: ignore[return-value]
+
+    def wait(self, timeout_s: float | None = None) -> list[AnyArray]:
+        """Arrays in the order submitted; the first error, if there is one, is raised."""
+        arrays = []
+        for outcome in self.outcomes(timeout_s):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            arrays.append(outcome)
+        return arrays
+
+
+class _Task:
+    """One frame on its way."""
+
+    __slots__ = ("batch", "fetches", "options", "out", "slot", "source")
+
+    def __init__(self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions) -> None:
+        self.batch, self.slot, self.source, self.out, self.options = batch, slot, source, out, options
+        self.fetches = 0
+
+
+class Reader:
+    """Reads frames of one data store with a transport, a cache and a pool of threads.
+
+    One a process: threads do not survive a fork.
+
+    Parameters
+    ----------
+    transport : FrameTransport
+        Where frames come from.
+    datastore_id : str
+        Part of the cache's key.
+    threads : int, optional
+        Decoding threads; as many as cores by default.
+    """
+
+    def __init__(self, transport: FrameTransport, datastore_id: str, *, threads: int | None = None) -> None:
+        self._transport = transport
+        self._datastore_id = datastore_id
+        self._pool = ThreadPoolExecutor(threads or decode_threads(), "ahi-ml-decode")
+        self._scratch = threading.local()
+        self._stats = ReaderStats()
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        sources: Sequence[FrameSource],
+        options: ReadOptions,
+        *,
+        outs: Sequence[AnyArray] | None = None,
+        cache: FrameCache | None = None,
+    ) -> Batch:
+        """Start reading frames.
+
+        I/O: in the background, the cache's files and one request for each frame that is not there.
+
+        Parameters
+        ----------
+        sources : sequence of FrameSource
+            What to read.
+        options : ReadOptions
+            What to make of it.
+        outs : sequence of ndarray, optional
+            One array a frame, ``profile.shape(output)`` and the result's dtype, to write into.
+        cache : FrameCache, optional
+            Looked into first and filled.
+
+        Returns
+        -------
+        Batch
+            Its arrays are `outs` when given.
+        """
+        batch = Batch(len(sources))
+        for slot, source in enumerate(sources):
+            task = _Task(batch, slot, source, outs[slot] if outs is not None else None, options)
+            if cache is None:
+                self._fetch(task, None)
+            else:
+                self._pool.submit(self._guard, task, self._from_cache, cache)
+        return batch
+
+    def read(
+        self, sources: Sequence[FrameSource], options: ReadOptions | None = None, *, cache: FrameCache | None = None
+    ) -> list[AnyArray]:
+        """Read frames and wait for them; see `submit`."""
+        return self.submit(sources, options or ReadOptions(), cache=cache).wait()
+
+    def fetch(self, image_set_id: str, frame_id: str) -> bytes:
+        """The encoded bytes of one frame, unverified. I/O: one request."""
+        return self._transport.fetch(image_set_id, frame_id).result()
+
+    def stats(self) -> dict[str, int]:
+        """Counts so far; see `ReaderStats`. I/O: none."""
+        with self._lock:
+            return asdict(self._stats)
+
+    def close(self) -> None:
+        """End the threads; frames under way are dropped. I/O: none."""
+        self._transport.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # On the way
+
+    def _guard(self, task: _Task, work: Callable[..., None], *arguments: Any) -> None:
+        """Run a stage; whatever it raises is the frame's outcome."""
+        if task.batch.cancelled:
+            task.batch.finish(task.slot, DataError("cancelled"))
+            return
+        try:
+            work(task, *arguments)
+        except BaseException as error:
+            task.batch.finish(task.slot, error)
+
+    def _from_cache(self, task: _Task, cache: FrameCache) -> None:
+        source = task.source
+        entry = cache.get(self._datastore_id, source.frame_id)
+        if entry is None:
+            self._fetch(task, cache)
+            return
+        try:
+            array, verified = self._convert(task, entry.data, trusted=entry.verified)
+        except (ChecksumError, DecodeError):
+            # Bytes that were cached without a check, and are wrong: ask the data store itself.
+            cache.drop(self._datastore_id, source.frame_id)
+            self._fetch(task, cache)
+            return
+        self._count(cached=1, verified=verified, unverified=not verified)
+        task.batch.finish(task.slot, array)
+
+    def _fetch(self, task: _Task, cache: FrameCache | None) -> None:
+        task.fetches += 1
+        future = self._transport.fetch(task.source.image_set_id, task.source.frame_id)
+        # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
+        future.add_done_callback(lambda done: self._pool.submit(self._guard, task, self._from_network, done, cache))
+
+    def _from_network(self, task: _Task, done: Future[bytes], cache: FrameCache | None) -> None:
+        data = done.result()
+        source = task.source
+        try:
+            array, verified = self._convert(task, data, trusted=False)
+        except (ChecksumError, DecodeError):
+            if task.fetches > 1:
+                raise
+            self._count(refetched=1)
+            self._fetch(task, cache)
+            return
+        if cache is not None:
+            cache.put(self._datastore_id, source.frame_id, data, verified=verified)
+        self._count(fetched=1, bytes_fetched=len(data), verified=verified, unverified=not verified)
+        task.batch.finish(task.slot, array)
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self._stats, name, getattr(self._stats, name) + count)
+
+    # Conversion
+
+    def _convert(self, task: _Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, bool]:
+        """Decode, verify and convert; also say whether the pixels are known to be right."""
+        source, options, profile = task.source, task.options, task.source.profile
+        check = options.verify and not trusted and source.checksum is not None
+        if check and profile.checksum_of == "bytes" and crc32(data) != source.checksum:
+            raise self._mismatch(task, "encoded bytes")
+        shape, dtype = profile.shape(options.output), options.result_dtype(profile)
+        out = task.out
+        if out is None:
+            out = np.empty(shape, dtype)
+        elif out.shape != shape or out.dtype != dtype:
+            raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {dtype}{shape}")
+        direct = options.output == "stored" and dtype == profile.pixels.dtype
+        try:
+            stored = decode(data, profile.syntax, profile.pixels, out=out if direct else self._scratch_array(profile))
+        except DecodeError as error:
+            place = f"frame {source.frame_id} of image set {source.image_set_id}"
+            raise type(error)(f"{place}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
+        if check and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
+            raise self._mismatch(task, "decoded pixels")
+        if not direct:
+            _convert_values(stored, profile, options, out)
+        verified = trusted or (check and profile.checksum_of != "unknown")
+        return out, verified
+
+    def _scratch_array(self, profile: FrameProfile) -> AnyArray:
+        """This thread's array of a shape: fresh pages cost as much as the conversion."""
+        key = (profile.pixels.shape, profile.pixels.dtype)
+        arrays = self._scratch.__dict__
+        if arrays.get("key") != key:
+            arrays["key"], arrays["array"] = key, np.empty(*key)
+        return arrays["array"]  # type: ignore[no-any-return]
+
+    def _mismatch(self, task: _Task, what: str) -> ChecksumError:
+        source = task.source
+        return ChecksumError(
+            f"frame {source.frame_id} of image set {source.image_set_id}: its {what} differ from the data store's "
+            f"checksum{', twice' if task.fetches > 1 else ''}. Report the frame; verify=False reads it all the same",
+            image_set_id=source.image_set_id,
+            frame_id=source.frame_id,
+        )
+
+
+def _convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
+    if options.output == "stored":
+        np.copyto(out, stored, casting="same_kind" if out.dtype.kind == stored.dtype.kind else "unsafe")
+        return
+    if profile.colour:
+        rgb = _rgb(stored, profile)
+        if options.output == "display":
+            top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
+            np.divide(rgb, top, out=out, casting="unsafe")
+        else:
+            np.copyto(out, rgb, casting="unsafe")
+    else:
+        _grey(stored, profile, options, out)
+    for step in options.steps:
+        step.apply(out)
+
+
+def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:
+    if profile.palette is not None:
+        return palette_to_rgb(stored, *profile.palette)
+    if profile.pixels.photometric in ("YBR_FULL", "YBR_FULL_422"):
+        return ybr_full_to_rgb(stored)
+    return stored
+
+
+def _grey(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
+    modality = profile.modality
+    modality.into(stored, out)
+    if profile.padding is not None and options.padding != "keep":
+        mask = padding_mask(
+            stored,
+            profile.padding[0],
+            profile.padding[1],
+            signed=profile.pixels.signed,
+            bits=profile.pixels.bits_stored,
+        )
+        out[mask] = np.nan if options.padding == "mask" else options.padding
+    if options.output != "display":
+        return
+    window = options.window or profile.voi or (profile.windows[0] if profile.windows else None)
+    bits, signed = profile.pixels.bits_stored, profile.pixels.signed
+    span = modality.value_range(bits, signed) if isinstance(modality, Rescale) else (0.0, float(2**modality.bits - 1))
+    to_display(out, window, invert=profile.inverted, value_range=span, out=out)

@@ -1,0 +1,380 @@
+"""`connect` and `DataStore`: the one way in, whether the data store is AWS's or a folder. Floor 4."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ahi_ml.cache import FrameCache
+from ahi_ml.client import AccessKeys, Boto3Transport, PerProcess, Service, make_client, translated
+from ahi_ml.config import cache_folder
+from ahi_ml.errors import ConfigError
+from ahi_ml.imports import ImportPlaces, ImportReport, run_import
+from ahi_ml.reader import Reader
+from ahi_ml.search import Search, make_search
+from ahi_ml.types import PathType
+
+if TYPE_CHECKING:
+    from ahi_ml.local.process import Lease
+
+__all__ = ["DataStore", "connect"]
+
+_ID = re.compile(r"[0-9a-z]{32}")
+_LIKE_AN_ID = re.compile(r"[0-9a-fA-F-]{20,44}")
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What `connect` was asked for: all that a pickled `DataStore` carries.
+
+    Parameters
+    ----------
+    datastore_id : str or None
+        Of a data store of the service.
+    folder : Path or None
+        Of an embedded store.
+    name : str
+        Data store of that folder.
+    service : Service
+        Region, profile and endpoint.
+    cache : Path or None
+        Folder given for the cache.
+    """
+
+    datastore_id: str | None
+    folder: Path | None
+    name: str = _DEFAULT
+    service: Service = Service()
+    cache: Path | None = None
+
+
+@dataclass(slots=True)
+class _Session:
+    """One process's connection."""
+
+    client: Any
+    datastore_id: str
+    endpoint_url: str
+    reader: Reader
+    places: ImportPlaces
+    environment: dict[str, str]
+    lease: Lease | None = None
+
+
+class DataStore:
+    """A data store of AWS HealthImaging, or an embedded one that answers alike.
+
+    Made by `connect`. It pickles to what it was connected with (for a folder: its path), and each
+    process connects for itself on first use.
+
+    Attributes
+    ----------
+    progress : bool or None
+        Whether long work shows progress bars: None shows them in terminals and notebooks.
+    """
+
+    def __init__(self, target: Target, *, faults: Mapping[str, Any] | None = None, create: bool = True) -> None:
+        self._target = target
+        self._faults = dict(faults) if faults else None
+        self._create = create
+        self._sessions = PerProcess(self._open)
+        self.progress: bool | None = None
+        self.cache = FrameCache(cache_folder(target.cache))
+
+    def __repr__(self) -> str:
+        target = self._target
+        place = repr(str(target.folder)) if target.folder else target.datastore_id
+        name = f", datastore={target.name!r}" if target.folder and target.name != _DEFAULT else ""
+        return f"<DataStore {place}{name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reconnect, (self._target,)
+
+    def __enter__(self) -> DataStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Connection
+
+    def _open(self) -> _Session:
+        return self._open_folder() if self._target.folder is not None else self._open_service()
+
+    def _open_service(self) -> _Session:
+        target = self._target
+        assert target.datastore_id is not None
+        client = make_client(target.service)
+        return self._session(client, target.datastore_id, ImportPlaces(), {})
+
+    def _open_folder(self) -> _Session:
+        from ahi_ml.local import process
+        from ahi_ml.local.uris import MACHINE_BUCKET
+
+        target = self._target
+        assert target.folder is not None
+        lease = process.attach(target.folder, create=self._create, faults=self._faults)
+        endpoint, keys = lease.endpoint, lease.keys
+        service = Service(
+            region=endpoint.region,
+            endpoint_url=endpoint.url,
+            keys=AccessKeys(keys.access_key_id, keys.secret_access_key),
+        )
+        client = make_client(service)
+        places = ImportPlaces(
+            role_arn=f"arn:aws:iam::{endpoint.account}:role/embedded-store",
+            output_uri="s3://import-reports/",
+            machine_bucket=MACHINE_BUCKET,
+            buckets=target.folder / "s3",
+        )
+        datastore_id = _named_datastore(client, target.name, create=self._create)
+        session = self._session(client, datastore_id, places, process.environment(endpoint, keys))
+        return replace(session, lease=lease)
+
+    def _session(self, client: Any, datastore_id: str, places: ImportPlaces, environment: dict[str, str]) -> _Session:
+        reader = Reader(Boto3Transport(client, datastore_id), datastore_id)
+        return _Session(client, datastore_id, client.meta.endpoint_url, reader, places, environment)
+
+    @property
+    def _here(self) -> _Session:
+        return self._sessions.get()
+
+    @property
+    def client(self) -> Any:
+        """The boto3 client of this process, good for all operations of the service. I/O: connects."""
+        return self._here.client
+
+    @property
+    def datastore_id(self) -> str:
+        """The 32-character id. I/O: connects, for a folder."""
+        return self._target.datastore_id or self._here.datastore_id
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where requests go. I/O: connects."""
+        return self._here.endpoint_url
+
+    @property
+    def reader(self) -> Reader:
+        """The frame reader of this process. I/O: connects."""
+        return self._here.reader
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which any other AWS client reaches an embedded store.
+
+        I/O: connects. They hold the store's secret key: hand them to your own processes only.
+
+        Raises
+        ------
+        ConfigError
+            The data store is not an embedded one; AWS clients reach it by themselves.
+        """
+        if self._target.folder is None:
+            raise ConfigError("environment() is for embedded stores; AWS clients find AWS by themselves")
+        return dict(self._here.environment)
+
+    def close(self) -> None:
+        """Let go of this process's connection; using the store again reconnects. I/O: none."""
+        session = self._sessions.existing()
+        if session is not None:
+            session.reader.close()
+            session.client.close()
+            if session.lease is not None:
+                session.lease.close()
+
+    # Work
+
+    def search(
+        self,
+        *,
+        patient_id: str | None = None,
+        accession_number: str | None = None,
+        study_id: str | None = None,
+        study_instance_uid: str | None = None,
+        series_instance_uid: str | None = None,
+        study_date: str | date | tuple[Any, Any] | None = None,
+        created: tuple[datetime, datetime] | None = None,
+        updated: tuple[datetime, datetime] | None = None,
+        primary: bool | None = True,
+    ) -> Search:
+        """What to look for, by what the service can filter; at most two filters.
+
+        I/O: none; nothing is sent before a result is asked for. Narrow further with ``.where()``.
+
+        Parameters
+        ----------
+        patient_id, accession_number, study_id, study_instance_uid, series_instance_uid : str, optional
+            Exact values.
+        study_date : date, str or pair of them, optional
+            A day, or first and last day, ``YYYYMMDD``.
+        created, updated : pair of datetime, optional
+            First and last moment.
+        primary : bool or None
+            Keep primary image sets (True), the others (False), or all (None).
+
+        Raises
+        ------
+        ConfigError
+            More than two filters, or a date that is none.
+        """
+        return make_search(
+            _ClientOf(self),
+            self.datastore_id,
+            patient_id=patient_id,
+            accession_number=accession_number,
+            study_id=study_id,
+            study_instance_uid=study_instance_uid,
+            series_instance_uid=series_instance_uid,
+            study_date=study_date,
+            created=created,
+            updated=updated,
+            primary=primary,
+            progress=self.progress,
+        )
+
+    def import_dicom(
+        self,
+        source: PathType,
+        *,
+        role_arn: str | None = None,
+        output_uri: str | None = None,
+        wait: bool = True,
+        progress: bool | None = None,
+    ) -> ImportReport:
+        """Import DICOM files into the data store.
+
+        I/O: one import job. An embedded store reads a local folder in place.
+
+        Parameters
+        ----------
+        source : path or ``s3://`` URI
+            A folder, scanned recursively whatever the file names are, or a prefix in S3.
+        role_arn, output_uri : str, optional
+            Role the service assumes and where it writes its report: needed on AWS, known to an
+            embedded store.
+        wait : bool
+            Wait for the job to end and read its report.
+        progress : bool, optional
+            Show a progress bar.
+
+        Returns
+        -------
+        ImportReport
+            Counts, image sets, and a reason for every file that was not imported.
+
+        Raises
+        ------
+        ConfigError
+            No such folder, or a missing `role_arn` or `output_uri`.
+        ServiceError
+            The data store said no, or the whole job failed.
+        """
+        session = self._here
+        places = replace(
+            session.places,
+            role_arn=role_arn or session.places.role_arn,
+            output_uri=output_uri or session.places.output_uri,
+        )
+        shown = self.progress if progress is None else progress
+        return run_import(session.client, session.datastore_id, source, places, wait=wait, progress=shown)
+
+
+@dataclass(frozen=True, slots=True)
+class _ClientOf:
+    """A recipe for this process's client: a search holds it instead of a client."""
+
+    store: DataStore
+
+    def __call__(self) -> Any:
+        return self.store.client
+
+
+def _reconnect(target: Target) -> DataStore:
+    # A folder that is absent where this is unpickled is a mistake, not a wish for an empty store.
+    return DataStore(target, create=False)
+
+
+def _named_datastore(client: Any, name: str, *, create: bool) -> str:
+    with translated("ListDatastores"):
+        for page in client.get_paginator("list_datastores").paginate(datastoreStatus="ACTIVE"):
+            for summary in page["datastoreSummaries"]:
+                if summary["datastoreName"] == name:
+                    return str(summary["datastoreId"])
+        if not create:
+            raise ConfigError(f"the embedded store has no data store named {name!r}")
+        # The token makes one data store of several openers' requests.
+        made = client.create_datastore(datastoreName=name, clientToken=f"ahi-ml-{name}"[:64])
+    return str(made["datastoreId"])
+
+
+def connect(
+    target: PathType,
+    *,
+    region: str | None = None,
+    profile: str | None = None,
+    endpoint_url: str | None = None,
+    datastore: str = _DEFAULT,
+    cache: PathType | None = None,
+    faults: Mapping[str, Any] | None = None,
+) -> DataStore:
+    """Open a data store: one of AWS HealthImaging, or an embedded one in a folder.
+
+    I/O: for a folder, joins or starts its server (ready when this returns) and makes the folder when
+    absent. For an id, none: the first use connects.
+
+    Parameters
+    ----------
+    target : str or path
+        A 32-character data store id means AWS. Anything else is the folder of an embedded store; a
+        `Path` always is.
+    region, profile, endpoint_url : str, optional
+        As boto3 takes them, for an id. ``endpoint_url`` reaches a running ``ahi-ml serve``.
+    datastore : str
+        Which data store of a folder; made when absent.
+    cache : path, optional
+        Folder of the frame cache; else ``AHI_ML_CACHE``, else the user's cache folder.
+    faults : mapping, optional
+        Slows an embedded store down or makes it fail, for tests: ``{"latency_ms": 30}``.
+
+    Returns
+    -------
+    DataStore
+
+    Raises
+    ------
+    ConfigError
+        Options that do not go together, a string that looks like a mistyped id, or a folder that
+        cannot be used.
+    LocalStoreError
+        The embedded store's server does not start.
+    """
+    name = os.fspath(target)
+    cache_path = Path(cache).expanduser() if cache is not None else None
+    if isinstance(target, str) and _ID.fullmatch(name):
+        if faults or datastore != _DEFAULT:
+            raise ConfigError("faults and datastore are options of embedded stores, and this target is a data store id")
+        return DataStore(Target(name, None, service=Service(region, profile, endpoint_url), cache=cache_path))
+    if isinstance(target, str) and _LIKE_AN_ID.fullmatch(name) and not os.path.isdir(name):
+        raise ConfigError(
+            f"{name!r} looks like a mistyped data store id ({len(name)} characters; ids have 32 of 0-9 and a-z). "
+            "If a folder of this name is meant, pass it as a Path"
+        )
+    if region or profile or endpoint_url:
+        raise ConfigError(f"region, profile and endpoint_url are options of data store ids, and {name!r} is a folder")
+    if not name:
+        raise ConfigError("name a folder or a data store id")
+    if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
+        raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
+    folder = Path(os.path.realpath(Path(name).expanduser()))
+    store = DataStore(Target(None, folder, datastore, cache=cache_path), faults=faults)
+    _ = store.client  # joins or starts the server now, so that errors come from here
+    return store

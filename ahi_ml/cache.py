@@ -13,11 +13,12 @@ import os
 import struct
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ahi_ml.codec import crc32
 from ahi_ml.errors import CacheError
+from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
 __all__ = ["CacheEntry", "CacheStats", "FrameCache"]
@@ -38,6 +39,16 @@ class CacheStats:
     misses: int = 0
     writes: int = 0
     corrupt: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What one process knows of a cache."""
+
+    stats: CacheStats = field(default_factory=CacheStats)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    disabled: bool = False
+    ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +80,11 @@ class FrameCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._stats = CacheStats()
-        self._lock = threading.Lock()
-        self._disabled = False
-        self._ready = False
+        self._state = PerProcess(_State)
 
     def __repr__(self) -> str:
-        return f"<FrameCache {str(self.folder)!r}: {self._stats.hits:,} hits, {self._stats.misses:,} misses>"
+        stats = self._state.get().stats
+        return f"<FrameCache {str(self.folder)!r}: {stats.hits:,} hits, {stats.misses:,} misses>"
 
     def __reduce__(self) -> tuple[type[FrameCache], tuple[Path]]:
         return FrameCache, (self.folder,)
@@ -99,21 +108,24 @@ class FrameCache:
             magic, version, flags, checksum, length = _HEADER.unpack_from(data)
             payload = memoryview(data)[_HEADER.size :]
             if magic == _MAGIC and version == _FORMAT and length == len(payload) and crc32(payload) == checksum:
-                with self._lock:
-                    self._stats.hits += 1
+                self._count(hits=1)
                 return CacheEntry(payload, bool(flags & _VERIFIED))
         self.drop(datastore_id, frame_id)
-        with self._lock:
-            self._stats.corrupt += 1
+        self._count(corrupt=1)
         return self._miss()
 
     def _miss(self) -> None:
-        with self._lock:
-            self._stats.misses += 1
+        self._count(misses=1)
+
+    def _count(self, **counts: int) -> None:
+        state = self._state.get()
+        with state.lock:
+            for name, count in counts.items():
+                setattr(state.stats, name, getattr(state.stats, name) + count)
 
     def put(self, datastore_id: str, frame_id: str, data: Buffer, *, verified: bool) -> None:
         """Store a frame. I/O: one file; when the disk refuses, one warning and no cache from then on."""
-        if self._disabled:
+        if self._state.get().disabled:
             return
         header = _HEADER.pack(_MAGIC, _FORMAT, _VERIFIED if verified else 0, crc32(data), len(data))
         path = self._path(datastore_id, frame_id)
@@ -137,8 +149,7 @@ class FrameCache:
         except OSError as error:
             self._disable(error)
             return
-        with self._lock:
-            self._stats.writes += 1
+        self._count(writes=1)
 
     def drop(self, datastore_id: str, frame_id: str) -> None:
         """Forget a frame, if it is there. I/O: removes one file."""
@@ -151,8 +162,9 @@ class FrameCache:
 
     def stats(self) -> dict[str, int]:
         """Counts of this process: hits, misses, writes, corrupt. I/O: none."""
-        with self._lock:
-            return asdict(self._stats)
+        state = self._state.get()
+        with state.lock:
+            return asdict(state.stats)
 
     def size(self) -> tuple[int, int]:
         """Number and bytes of the entries. I/O: lists the folder."""
@@ -177,7 +189,8 @@ class FrameCache:
         return sorted(path for path in self.folder.glob("frames/*/*") if path.is_file())
 
     def _prepare(self) -> None:
-        if self._ready:
+        state = self._state.get()
+        if state.ready:
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = self.folder.stat().st_mode & 0o077
@@ -186,10 +199,11 @@ class FrameCache:
                 f"the cache folder {self.folder} can be read by other users (mode {mode:o}): it would show them "
                 "images. Make it private (chmod 700) or name another with AHI_ML_CACHE"
             )
-        self._ready = True
+        state.ready = True
 
     def _disable(self, error: OSError) -> None:
-        with self._lock:
-            if not self._disabled:
-                self._disabled = True
+        state = self._state.get()
+        with state.lock:
+            if not state.disabled:
+                state.disabled = True
                 _LOG.warning("the frame cache %s is not used from here on: %s", self.folder, error)

@@ -303,7 +303,7 @@ class Reader:
             out = np.empty(shape, dtype)
         elif out.shape != shape or out.dtype != dtype:
             raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {dtype}{shape}")
-        direct = options.output == "stored" and dtype == profile.pixels.dtype
+        direct = options.output == "stored" and dtype == profile.pixels.dtype and out.flags.c_contiguous
         try:
             stored = decode(data, profile.syntax, profile.pixels, out=out if direct else self._scratch_array(profile))
         except DecodeError as error:

@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.client import AccessKeys, Boto3Transport, PerProcess, Service, make_client, translated
+from ahi_ml.client import AccessKeys, Boto3Transport, Service, make_client, translated
 from ahi_ml.config import cache_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
+from ahi_ml.perprocess import PerProcess
 from ahi_ml.reader import Reader
 from ahi_ml.search import Search, make_search
 from ahi_ml.types import PathType
@@ -184,7 +185,7 @@ class DataStore:
 
     def close(self) -> None:
         """Let go of this process's connection; using the store again reconnects. I/O: none."""
-        session = self._sessions.existing()
+        session = self._sessions.take()
         if session is not None:
             session.reader.close()
             session.client.close()

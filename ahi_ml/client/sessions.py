@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from ahi_ml._version import __version__
 from ahi_ml.client.failures import translated
 
-__all__ = ["AccessKeys", "PerProcess", "Service", "make_client"]
-
-Made = TypeVar("Made")
+__all__ = ["AccessKeys", "Service", "make_client"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +94,3 @@ def _is_local(url: str) -> bool:
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
     return True
-
-
-class PerProcess(Generic[Made]):
-    """Something made on first use in each process: clients and threads do not survive a fork.
-
-    Parameters
-    ----------
-    make : callable
-        Makes it.
-    """
-
-    def __init__(self, make: Callable[[], Made]) -> None:
-        self._make = make
-        self._made: tuple[int, Made] | None = None
-
-    def get(self) -> Made:
-        """This process's own. I/O: whatever making it does, the first time."""
-        pid = os.getpid()
-        if self._made is None or self._made[0] != pid:
-            self._made = (pid, self._make())
-        return self._made[1]
-
-    def existing(self) -> Made | None:
-        """This process's own if it was made, and forget it. I/O: none."""
-        made, self._made = self._made, None
-        return made[1] if made is not None and made[0] == os.getpid() else None

@@ -344,6 +344,21 @@ class DatasetIndex:
             for row in base
         ]
 
+    def details(self, rows: Sequence[int] | AnyArray | None = None) -> list[dict[str, Any]]:
+        """Ids of some rows: image set, version, series, instance, frame number. I/O: none."""
+        instance, _, _, series, _, _ = self._lookups()
+        base = self._base_rows(None if rows is None else np.asarray(rows, np.int64))
+        instances = instance[base]
+        columns = {
+            **{
+                name: self._tables.series[name].take(pa.array(series[instances])).to_pylist()
+                for name in ("image_set_id", "version_id", "series_instance_uid")
+            },
+            "sop_instance_uid": self._tables.instances["sop_instance_uid"].take(pa.array(instances)).to_pylist(),
+            "frame_number": self._tables.frames["frame_number"].take(pa.array(base)).to_pylist(),
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
     def positions(self) -> FloatArray:
         """Image Position (Patient) of every row, ``(n, 3)`` LPS mm; NaN where there is none. I/O: none."""
         plane = self._lookups()[2][self._base_rows()]
@@ -353,9 +368,15 @@ class DatasetIndex:
         found[plane >= 0] = xyz[plane[plane >= 0]]
         return found
 
-    def values(self, name: str) -> list[Any]:
-        """A column of `frames` as plain values. I/O: none."""
-        return self._column(name).to_pylist()  # type: ignore[no-any-return]
+    def column(self, name: str) -> Any:
+        """A column of `frames` as an Arrow array. I/O: none.
+
+        Raises
+        ------
+        ConfigError
+            No such column; close matches are named.
+        """
+        return self._column(name)
 
     # Keeping
 

@@ -37,6 +37,8 @@ _NUMBERS: Final = {
     **{"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d", "SV": "q", "UV": "Q"},
     **{"US or SS": "H"},
 }
+_NAME_DELIMITERS: Final = set(b"^=\\")  # where code extensions end (PS3.5 6.1.2.5.3)
+_TEXT_DELIMITERS: Final = set(b"\n\r\t\f\\")
 _WORD_BYTES: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
 _SKIPPED: Final = frozenset(
     {
@@ -235,8 +237,7 @@ def _text(raw: bytes, vr: str, encodings: list[str]) -> str:
         return raw.decode("ascii")
     if vr not in _TEXT:
         return raw.decode("latin-1")
-    delimiters = {"^", "="} if vr == "PN" else {"\n", "\r", "\t", "\f", "\\"}
-    return decode_bytes(raw, encodings, delimiters)
+    return decode_bytes(raw, encodings, _NAME_DELIMITERS if vr == "PN" else _TEXT_DELIMITERS)
 
 
 def _plain(numbers: Iterable[float], vr: str) -> list[Any]:

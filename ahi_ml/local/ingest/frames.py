@@ -31,6 +31,15 @@ _MOST_SAMPLES = 2**31
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
 
+# OpenJPH fills its tables at their first use, and without a lock: frames that threads encode at that
+# moment come out damaged (https://github.com/aous72/OpenJPH/pull/243). Modules load in one thread only.
+codec.decode(
+    jpeg2000.encode_htj2k(np.zeros((1, 1), np.uint8)),
+    HTJ2K_LOSSLESS_RPCL,
+    PixelFormat(1, 1, 1, 8, 8, False, "MONOCHROME2"),
+)
+
+
 class PixelFailure(Exception):
     """The pixel data of a file cannot be stored; the text says why, for the job's report."""
 
@@ -136,24 +145,24 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
     count = _frame_count(dataset)
     if 0x7FE00008 in dataset or 0x7FE00009 in dataset:
         raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
+    video = SYNTAXES[uid].codec == "video"
+    stored: Iterator[StoredFrame]
+    if SYNTAXES[uid].kept:
+        stored = (_keep(data, uid, pixels) for data in _encoded(dataset, count, video=video))
+    elif pixels.bits_allocated == 1:
+        stored = (_pack(image) for image in _native(dataset, uid, pixels))
+    else:
+        encode = jpeg2000.encode_htj2k if storage_format == "HTJ2K" else jpeg2000.encode_j2k
+        images = (
+            (codec.decode(data, uid, pixels) for data in _encoded(dataset, count))
+            if SYNTAXES[uid].encapsulated
+            else _native(dataset, uid, pixels)
+        )
+        stored = (_transcode(image, encode, STORED_SYNTAX[storage_format], pixels) for image in images)
     number = 0
     try:
-        if SYNTAXES[uid].kept:
-            for number, data in enumerate(_encoded(dataset, count, video=SYNTAXES[uid].codec == "video"), 1):
-                yield _keep(data, uid, pixels)
-        elif pixels.bits_allocated == 1:
-            for number, image in enumerate(_native(dataset, uid, pixels), 1):
-                data = codec.pack_bits(image)
-                yield StoredFrame(data, codec.crc32(data), None, None)
-        else:
-            encode = jpeg2000.encode_htj2k if storage_format == "HTJ2K" else jpeg2000.encode_j2k
-            images = (
-                (codec.decode(data, uid, pixels) for data in _encoded(dataset, count))
-                if SYNTAXES[uid].encapsulated
-                else _native(dataset, uid, pixels)
-            )
-            for number, image in enumerate(images, 1):
-                yield _transcode(image, encode, STORED_SYNTAX[storage_format], pixels)
+        for number, frame in enumerate(stored, 1):
+            yield frame
     except PixelFailure:
         raise
     except MemoryError as error:
@@ -161,7 +170,7 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
     except Exception as error:
         # Decoders and pydicom raise many kinds of errors over hostile pixel data, and each is the file's fault.
         raise PixelFailure(f"frame {number + 1} of {count} cannot be read: {_reason(error)}") from error
-    expected = 1 if SYNTAXES[uid].codec == "video" else count
+    expected = 1 if video else count
     if number != expected:
         raise PixelFailure(f"NumberOfFrames is {count}, but the pixel data holds {number} frames")
 
@@ -199,6 +208,11 @@ def _native(dataset: Dataset, uid: str, pixels: PixelFormat) -> Iterator[AnyArra
 def _keep(data: bytes, uid: str, pixels: PixelFormat) -> StoredFrame:
     if SYNTAXES[uid].codec != "video":
         codec.decode(data, uid, pixels)  # what nobody can read is told now, not in a training run
+    return StoredFrame(data, codec.crc32(data), None, None)
+
+
+def _pack(image: AnyArray) -> StoredFrame:
+    data = codec.pack_bits(image)
     return StoredFrame(data, codec.crc32(data), None, None)
 
 

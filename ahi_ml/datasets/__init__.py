@@ -1,0 +1,8 @@
+"""PyTorch datasets and loaders over an index. The one place that imports torch."""
+
+from __future__ import annotations
+
+from ahi_ml.datasets.frames import FrameDataset
+from ahi_ml.datasets.loader import FrameLoader
+
+__all__ = ["FrameDataset", "FrameLoader"]

@@ -1,0 +1,262 @@
+"""`FrameDataset`: one item a frame, for any torch DataLoader and for `FrameLoader`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ahi_ml.cache import FrameCache
+from ahi_ml.errors import AhiError, ConfigError, DataError
+from ahi_ml.index import DatasetIndex, FrameSource
+from ahi_ml.pixels import Window
+from ahi_ml.reader import Batch, ReadOptions
+from ahi_ml.store import DataStore
+from ahi_ml.types import AnyArray, FrameStep, Output, PathType
+
+__all__ = ["FrameDataset", "Item", "PendingBatch"]
+
+Item = dict[str, Any]
+Transform = Callable[[Item], Item]
+
+# torch has no arithmetic for the wider unsigned types.
+_TORCH_SAFE = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
+_SKIP_RATE = 0.01
+_SKIP_GRACE = 5
+
+
+@dataclass(eq=False)
+class PendingBatch:
+    """Items under way: rows, the arrays they are read into, and the reader's batch."""
+
+    rows: AnyArray
+    arrays: list[AnyArray]
+    batch: Batch
+
+
+class FrameDataset(Dataset[Item]):
+    """The frames of an index as items ``{"image", "key", "meta"[, "target"]}``.
+
+    ``image`` is a ``(C, rows, columns)`` tensor, float32 unless asked otherwise; ``key`` a string
+    unique in the data store; ``meta`` a small dict of strings and numbers. Item i is row i of
+    ``index.frames``.
+
+    It pickles to paths: workers, forked or spawned, connect for themselves. ``__getitems__`` reads a
+    whole batch at once, which torch's DataLoader uses by itself.
+
+    I/O: none when made. An item is one cache file or one request.
+
+    Parameters
+    ----------
+    store : DataStore
+        Where the frames are.
+    index : DatasetIndex
+        Which frames.
+    transform : FrameStep, sequence of FrameStep, or callable, optional
+        The package's own pixel steps (`pixels.Window`, ...) run in the decode threads, in place. A
+        callable takes the item and returns it, once an item, before batches are made.
+    target : str, mapping or callable, optional
+        ``item["target"]``: a column of ``index.frames``; a mapping from key, SOP instance UID or series UID; or a
+        callable that takes the item.
+    output : {"modality", "stored", "display"}
+        See `ReadOptions`. Stored uint16 comes as int32, uint32 as int64.
+    dtype : dtype, optional
+        Of the image.
+    padding : "keep", "mask" or float
+        What becomes of pixels with the file's padding value.
+    window : Window, optional
+        For ``output="display"``.
+    cache : FrameCache, path or None
+        ``store.cache`` by default; None reads without a cache.
+    on_error : {"raise", "skip"}
+        Whether a frame that cannot be read ends the run, or the next one that can takes its place.
+        More than 1 % of skipped frames raise all the same.
+    verify : bool
+        Compare with the data store's checksums.
+
+    Raises
+    ------
+    ConfigError
+        Options that cannot work.
+    """
+
+    def __init__(
+        self,
+        store: DataStore,
+        index: DatasetIndex,
+        *,
+        transform: FrameStep | Sequence[FrameStep] | Transform | None = None,
+        target: str | Mapping[str, Any] | Callable[[Item], Any] | None = None,
+        output: Output = "modality",
+        dtype: Any = None,
+        padding: Literal["keep", "mask"] | float = "keep",
+        window: Window | None = None,
+        cache: FrameCache | PathType | Literal["store"] | None = "store",
+        on_error: Literal["raise", "skip"] = "raise",
+        verify: bool = True,
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error is 'raise' or 'skip', not {on_error!r}")
+        self.store = store
+        self.index = index
+        steps, self._transform = _divide_transform(transform)
+        self.options = ReadOptions(output, dtype, steps, padding, window, verify)
+        self._target = target
+        self._target_column = index.column(target) if isinstance(target, str) else None
+        self.cache = store.cache if cache == "store" else FrameCache(Path(cache).expanduser()) if isinstance(cache, str | os.PathLike) else cache
+        self._on_error = on_error
+        self._read = self._skipped = 0
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"<FrameDataset: {len(self):,} frames of {self.store!r}, output={self.options.output!r}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The column is in the index; its file travels, not the values.
+        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._target, str):
+            self._target_column = self.index.column(self._target)
+
+    @property
+    def transforms_items(self) -> bool:
+        """Whether items pass through a callable of the user's."""
+        return self._transform is not None
+
+    def __getitem__(self, row: Any) -> Any:
+        """The item of a row; a slice or a boolean mask gives a dataset of those rows.
+
+        I/O: one cache file or one request.
+
+        Raises
+        ------
+        IndexError
+            No such row.
+        AhiError
+            The frame cannot be read; the message names it.
+        """
+        if isinstance(row, slice | np.ndarray | list) or (isinstance(row, torch.Tensor) and row.ndim):
+            key = row.numpy() if isinstance(row, torch.Tensor) else row
+            selected = FrameDataset.__new__(FrameDataset)
+            selected.__setstate__({**self.__getstate__(), "index": self.index[key]})
+            return selected
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Item]:
+        """The items of some rows, in their order, read at the same time; see `__getitem__`."""
+        return self.items(self.submit(rows))
+
+    # What FrameLoader builds on
+
+    def submit(self, rows: Sequence[int] | AnyArray, allocate: Callable[..., AnyArray] = np.empty) -> PendingBatch:
+        """Start reading some rows. I/O: in the background.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Row numbers; negative ones count from the end.
+        allocate : callable
+            Takes shape ``(n, C, rows, columns)`` and dtype, gives the array that frames of one shape are
+            read into.
+        """
+        numbers = np.asarray(rows, np.int64)
+        if numbers.size and (numbers.min() < -len(self) or numbers.max() >= len(self)):
+            raise IndexError(f"row {int(numbers.max())} of a dataset of {len(self)} frames")
+        numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        sources = self.index.sources(numbers)
+        arrays = self._allocate(sources, allocate)
+        outs = [_channels_last(array) for array in arrays]
+        batch = self.store.reader.submit(sources, self.options, outs=outs, cache=self.cache)
+        return PendingBatch(numbers, arrays, batch)
+
+    def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> list[AnyArray]:
+        forms = [self._form(source) for source in sources]
+        if forms and all(form == forms[0] for form in forms):
+            shape, dtype = forms[0]
+            return list(allocate((len(forms), *shape), dtype))
+        return [np.empty(shape, dtype) for shape, dtype in forms]
+
+    def _form(self, source: FrameSource) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        shape = source.profile.shape(self.options.output)
+        dtype = self.options.result_dtype(source.profile)
+        if self.options.dtype is None:
+            dtype = _TORCH_SAFE.get(dtype.name, dtype)
+        return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), dtype
+
+
+    def items(self, pending: PendingBatch) -> list[Item]:
+        """Wait for rows that were submitted and make their items. I/O: waits."""
+        outcomes = pending.batch.outcomes()
+        rows = pending.rows
+        for slot, outcome in enumerate(outcomes):
+            if isinstance(outcome, BaseException):
+                rows = self._replace(pending, rows, slot, outcome)
+        self._read += len(rows)
+        items = []
+        for row, array, details in zip(rows, pending.arrays, self.index.details(rows), strict=True):
+            item: Item = {"image": torch.from_numpy(array), "key": f"{details['image_set_id']}/{details['sop_instance_uid']}/{details['frame_number']}", "meta": details}
+            if self._target is not None:
+                item["target"] = self._target_of(int(row), item)
+            items.append(item if self._transform is None else self._transform(item))
+        return items
+
+    def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:
+        if self._on_error == "raise" or not isinstance(error, AhiError):
+            raise error
+        row = int(rows[slot])
+        for step in range(1, len(self)):
+            self._skipped += 1
+            if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(rows))):
+                raise DataError(
+                    f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: the last is row {row}: {error}"
+                ) from error
+            other = self.submit([(row + step) % len(self)])
+            outcome = other.batch.outcomes()[0]
+            if not isinstance(outcome, BaseException):
+                pending.arrays[slot] = other.arrays[0]
+                rows = rows.copy()
+                rows[slot] = other.rows[0]
+                return rows
+        raise error
+
+    def _target_of(self, row: int, item: Item) -> Any:
+        if self._target_column is not None:
+            return self._target_column[row].as_py()
+        if callable(self._target):
+            return self._target(item)
+        assert isinstance(self._target, Mapping)
+        meta = item["meta"]
+        for key in (item["key"], meta["sop_instance_uid"], meta["series_instance_uid"]):
+            if key in self._target:
+                return self._target[key]
+        raise ConfigError(f"the target mapping has no entry for the frame in row {row} (by key, SOP instance UID or series UID)")
+
+
+def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:
+    if transform is None:
+        return (), None
+    if hasattr(transform, "apply") and not isinstance(transform, torch.nn.Module):
+        return (transform,), None
+    if isinstance(transform, list | tuple):
+        if not all(hasattr(step, "apply") for step in transform):
+            raise ConfigError("a sequence of transforms holds the package's own pixel steps only; compose callables into one")
+        return tuple(transform), None
+    if not callable(transform):
+        raise ConfigError(f"transform is a pixel step or a callable, not {type(transform).__name__}")
+    return (), transform
+
+
+def _channels_last(array: AnyArray) -> AnyArray:
+    """The reader's view of a ``(C, rows, columns)`` array."""
+    return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)

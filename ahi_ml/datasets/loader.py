@@ -1,0 +1,194 @@
+"""`FrameLoader`: batches from threads, read ahead into the batch buffer, no worker processes."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from ahi_ml.datasets.frames import FrameDataset, Item, PendingBatch
+from ahi_ml.errors import ConfigError, DataError
+from ahi_ml.types import AnyArray
+
+__all__ = ["FrameLoader"]
+
+_FRAMES_AHEAD = 96  # 1.5 times the requests in flight that the service's latency needs
+
+
+class FrameLoader:
+    """Batches of a `FrameDataset`, fetched and decoded by threads of this process.
+
+    While one batch is used the next ones are on their way; memory is bounded by the batches ahead.
+    Batches equal those of torch's DataLoader over the same dataset and order. Each iteration is an
+    epoch; the order depends on the seed and the epoch alone.
+
+    I/O: none when made.
+
+    Parameters
+    ----------
+    dataset : FrameDataset
+        What to load.
+    batch_size : int
+        Frames a batch.
+    shuffle : bool
+        Whether each epoch has an order of its own.
+    seed : int
+        Of that order.
+    drop_last : bool
+        Leave a last, smaller batch out.
+    sampler : iterable of int, optional
+        Gives the rows of an epoch, instead of `shuffle`.
+    collate_fn : callable, optional
+        Makes a batch of a list of items; by default as torch does.
+    frames_ahead : int
+        Frames on their way at a time, at least one batch more than the one in use.
+
+    Raises
+    ------
+    ConfigError
+        Options that cannot work.
+
+    Examples
+    --------
+    >>> loader = FrameLoader(FrameDataset(store, index), batch_size=32, shuffle=True, seed=0)
+    >>> for batch in loader:
+    ...     step(batch["image"], batch["key"])
+    """
+
+    def __init__(
+        self,
+        dataset: FrameDataset,
+        batch_size: int = 32,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        sampler: Iterable[int] | None = None,
+        collate_fn: Callable[[list[Item]], Any] | None = None,
+        frames_ahead: int = _FRAMES_AHEAD,
+    ) -> None:
+        if batch_size < 1 or frames_ahead < 1:
+            raise ConfigError("batch_size and frames_ahead are 1 or more")
+        if sampler is not None and shuffle:
+            raise ConfigError("give a sampler or shuffle=True, not both")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.epoch = 0
+        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
+        self._sampler = sampler
+        self._collate = collate_fn
+        self._ahead = 1 + math.ceil(frames_ahead / batch_size)
+        self._buffers = _BufferPool(self._ahead + 2)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        rows = len(self._sampler) if hasattr(self._sampler, "__len__") else len(self.dataset)
+        return rows // self.batch_size if self._drop_last else math.ceil(rows / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is. I/O: none."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the batches of an epoch.
+
+        I/O: in the background, cache files and requests. Leaving the loop drops what is on its way.
+
+        Raises
+        ------
+        AhiError
+            A frame cannot be read, unless the dataset skips such frames.
+        """
+        batches = self._batches(self._rows())
+        self.epoch += 1
+        pending: deque[PendingBatch] = deque()
+        try:
+            for rows in batches:
+                pending.append(self.dataset.submit(rows, self._buffers.take))
+                if len(pending) > self._ahead:
+                    yield self._finish(pending.popleft())
+            while pending:
+                yield self._finish(pending.popleft())
+        finally:
+            for left in pending:
+                left.batch.cancel()
+
+    def _rows(self) -> Iterator[int]:
+        if self._sampler is not None:
+            return iter(self._sampler)
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self.dataset))
+        else:
+            order = np.arange(len(self.dataset))
+        return (int(row) for row in order)
+
+    def _batches(self, rows: Iterator[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch and not self._drop_last:
+            yield batch
+
+    def _finish(self, pending: PendingBatch) -> Any:
+        items = self.dataset.items(pending)
+        if self._collate is not None:
+            return self._collate(items)
+        base = _common_base(pending.arrays)
+        if base is None or self.dataset.transforms_items:
+            return _collate(items)
+        rest = default_collate([{name: value for name, value in item.items() if name != "image"} for item in items])
+        return {"image": self._buffers.lend(base), **rest}
+
+
+class _BufferPool:
+    """Batch buffers, used again once no tensor refers to them: page faults cost as much as decoding's rest."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: list[AnyArray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
+        """An array of this form, recycled when there is one."""
+        for number, array in enumerate(self._free):
+            if array.shape == shape and array.dtype == dtype:
+                return self._free.pop(number)
+        return np.empty(shape, dtype)
+
+    def lend(self, array: AnyArray) -> torch.Tensor:
+        """The array as a tensor; it comes back when the last tensor over it is gone."""
+        view = array.view()  # torch keeps this very object alive through every slice of the tensor
+        tensor = torch.from_numpy(view)
+        weakref.finalize(view, self._give_back, array)
+        return tensor
+
+    def _give_back(self, array: AnyArray) -> None:
+        if len(self._free) < self._most:
+            self._free.append(array)
+
+
+def _common_base(arrays: list[AnyArray]) -> AnyArray | None:
+    """The one array that all of these are consecutive rows of, as `FrameDataset.submit` allocates them."""
+    base = arrays[0].base if arrays else None
+    if base is None or len(base) != len(arrays) or any(array.base is not base for array in arrays):
+        return None
+    return base
+
+
+def _collate(items: list[Item]) -> Any:
+    shapes = {tuple(item["image"].shape) for item in items}
+    if len(shapes) > 1:
+        listed = ", ".join(f"{item['key']}: {tuple(item['image'].shape)}" for item in items[:4])
+        raise DataError(
+            f"a batch holds images of {len(shapes)} shapes ({listed}, ...): select frames of one shape "
+            "(index.where('Rows == 512')), resize in a transform, or pass collate_fn"
+        )
+    return default_collate(items)

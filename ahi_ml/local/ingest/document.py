@@ -23,6 +23,7 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
+from pydicom.valuerep import PersonName
 
 from ahi_ml.local.ingest.levels import LEVEL_OF
 
@@ -227,7 +228,7 @@ def _from_bytes(
     text = _text(raw, vr, encodings)
     values = [text] if vr in _SINGLE_TEXT else text.split("\\")
     if vr in _PADDED:
-        return _shape([value.rstrip("\0") for value in values], plural)
+        return _shape([value.rstrip("\0") if value.strip(" \0") else "" for value in values], plural)
     strip = str.rstrip if vr in _SINGLE_TEXT else str.strip
     return _shape([strip(value, " \0") for value in values], plural)
 
@@ -257,7 +258,7 @@ def _plain(numbers: Iterable[float], vr: str) -> list[Any]:
 def _from_element(element: DataElement, vr: str, plural: bool) -> Any:
     """The value of an element that pydicom has converted already."""
     value = element.value
-    if value is None or (isinstance(value, str | bytes) and not value):
+    if value is None or (isinstance(value, str | bytes | PersonName) and not value):
         return None
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
@@ -266,4 +267,5 @@ def _from_element(element: DataElement, vr: str, plural: bool) -> Any:
         return _shape(_plain(values, vr), plural)
     if vr == "AT":
         return [f"{int(each):08X}" for each in values]
-    return _shape([str(getattr(each, "original_string", each)) for each in values], plural)
+    texts = [getattr(each, "original_string", each) if vr in _PADDED else each for each in values]
+    return _shape([str(text) for text in texts], plural)

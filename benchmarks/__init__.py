@@ -1,0 +1,1 @@
+"""Benchmarks: each module but `runner`, `data`, `floors` and `loaders` offers ``run(size) -> dict``."""

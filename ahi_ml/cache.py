@@ -100,10 +100,12 @@ class FrameCache:
             with open(path, "rb", buffering=0) as file:
                 data = file.read()
         except FileNotFoundError:
-            return self._miss()
+            self._count(misses=1)
+            return None
         except OSError as error:
             self._disable(error)
-            return self._miss()
+            self._count(misses=1)
+            return None
         if len(data) >= _HEADER.size:
             magic, version, flags, checksum, length = _HEADER.unpack_from(data)
             payload = memoryview(data)[_HEADER.size :]
@@ -111,11 +113,8 @@ class FrameCache:
                 self._count(hits=1)
                 return CacheEntry(payload, bool(flags & _VERIFIED))
         self.drop(datastore_id, frame_id)
-        self._count(corrupt=1)
-        return self._miss()
-
-    def _miss(self) -> None:
-        self._count(misses=1)
+        self._count(corrupt=1, misses=1)
+        return None
 
     def _count(self, **counts: int) -> None:
         state = self._state.get()

@@ -40,9 +40,7 @@ def _limits(volume: xr.DataArray, window: Window | str | None) -> tuple[float, f
     return float(low), float(max(high, low + 1e-6))
 
 
-def montage(
-    volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: Window | str | None = None
-) -> Any:
+def montage(volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: Window | str | None = None) -> Any:
     """Draw evenly spaced slices of a volume, each in its true proportions.
 
     I/O: reads the slices drawn; writes nothing.
@@ -114,4 +112,12 @@ _OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 
 def _image(axis: Any, image: AnyArray, low: float, high: float, aspect: float, *, flip: bool = False) -> None:
     grey = np.clip((image - low) / (high - low), 0, 1) if image.ndim == 2 else image / 255
-    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, aspect=aspect, origin="lower" if flip else "upper", interpolation="bilinear")
+    axis.imshow(
+        grey,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        aspect=aspect,
+        origin="lower" if flip else "upper",
+        interpolation="bilinear",
+    )

@@ -382,9 +382,7 @@ def stack_frames(
         raise GeometryError(
             f"{n} positions{where}, but {counts} orientations, spacings, instance numbers, keys and checksums"
         )
-    tie = [
-        (math.inf if number is None else number, name) for number, name in zip(numbers, names, strict=True)
-    ]
+    tie = [(math.inf if number is None else number, name) for number, name in zip(numbers, names, strict=True)]
     ranked, notes = _distinct(points, normal, tie, sums, float(pixel.min()), where)
     points = points[ranked]
     along = _along(points, normal)
@@ -600,9 +598,7 @@ def _unit_axes(matrix: FloatArray) -> FloatArray:
 
 def _nearest_axes(directions: FloatArray) -> list[tuple[int, float]]:
     """For each column: the LPS axis it is nearest to, each used once, and the sign."""
-    best = max(
-        permutations(range(3)), key=lambda p: sum(abs(directions[w, axis]) for axis, w in enumerate(p))
-    )
+    best = max(permutations(range(3)), key=lambda p: sum(abs(directions[w, axis]) for axis, w in enumerate(p)))
     return [(world, float(np.sign(directions[world, axis]))) for axis, world in enumerate(best)]
 
 

@@ -96,7 +96,13 @@ class ImportReport:
 
 
 def run_import(
-    client: Any, datastore_id: str, source: PathType, places: ImportPlaces, *, wait: bool, progress: bool | None
+    client: Any,
+    datastore_id: str,
+    source: PathType,
+    places: ImportPlaces,
+    *,
+    wait: bool,
+    progress: bool | None,
 ) -> ImportReport:
     """Start an import job and, if asked to, see it through; see `DataStore.import_dicom`."""
     if places.role_arn is None or places.output_uri is None:
@@ -112,11 +118,17 @@ def run_import(
     job_id = started["jobId"]
     if not wait:
         return ImportReport(job_id, started["jobStatus"])
-    with tqdm(desc="import", unit="poll", bar_format="{desc}: {elapsed} {postfix}", disable=None if progress is None else not progress) as bar:
+    with tqdm(
+        desc="import",
+        unit="poll",
+        bar_format="{desc}: {elapsed} {postfix}",
+        disable=None if progress is None else not progress,
+    ) as bar:
         job = _wait(client, datastore_id, job_id, bar)
         if job["jobStatus"] == "FAILED":
             raise ServiceError(
-                f"import job {job_id}: {job.get('message', 'failed without a message')}", operation="StartDICOMImportJob"
+                f"import job {job_id}: {job.get('message', 'failed without a message')}",
+                operation="StartDICOMImportJob",
             )
         report = _read_report(job, places)
         bar.set_postfix_str(f"{report.imported} of {report.scanned} files")

@@ -101,9 +101,7 @@ PROFILE_COLUMNS: Final = {
 _MODALITY_LUT = "ModalityLUTSequence"
 _VOI_LUT = "VOILUTSequence"
 _PALETTE = tuple(
-    f"{channel}PaletteColorLookupTable{part}"
-    for channel in ("Red", "Green", "Blue")
-    for part in ("Descriptor", "Data")
+    f"{channel}PaletteColorLookupTable{part}" for channel in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")
 ) + tuple(f"Segmented{channel}PaletteColorLookupTableData" for channel in ("Red", "Green", "Blue"))
 _LUT_PARTS = ("LUTDescriptor", "LUTData")
 
@@ -246,7 +244,9 @@ def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iter
         patient = (document.get("Patient") or {}).get("DICOM") or {}
         study = document["Study"]
         for series_uid, series in study["Series"].items():
-            yield _series(image_set_id, datastore_id, patient, study.get("DICOM") or {}, series_uid, series, extra or {})
+            yield _series(
+                image_set_id, datastore_id, patient, study.get("DICOM") or {}, series_uid, series, extra or {}
+            )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, MetadataError):
             raise
@@ -273,7 +273,10 @@ def _series(
         datastore_id=datastore_id,
         study_instance_uid=value_of(study.get("StudyInstanceUID"), "text") or "",
         series_instance_uid=uid,
-        patient=(value_of(patient.get("PatientID"), "text"), value_of(patient.get("IssuerOfPatientID"), "text")),
+        patient=(
+            value_of(patient.get("PatientID"), "text"),
+            value_of(patient.get("IssuerOfPatientID"), "text"),
+        ),
         attributes={name: value_of(shared.get(name), kind) for name, kind in columns.items()},
         instances=instances,
         without_frames=without,
@@ -309,7 +312,8 @@ def _instance(image_set_id: str, sop_uid: str, instance: Json, merged: Json, fra
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MetadataError(
-                f"frame {number} of an instance of image set {image_set_id} lacks {error}", image_set_id=image_set_id
+                f"frame {number} of an instance of image set {image_set_id} lacks {error}",
+                image_set_id=image_set_id,
             ) from error
     return InstanceRecord(sop_uid, attributes, records)
 

@@ -195,9 +195,7 @@ class LookupTable:
         return cls(first, table.tobytes(), 16 if int(table.max()) >> bits else bits)
 
     @classmethod
-    def from_segments(
-        cls, descriptor: Sequence[int], data: Buffer | Sequence[int], signed: bool
-    ) -> LookupTable:
+    def from_segments(cls, descriptor: Sequence[int], data: Buffer | Sequence[int], signed: bool) -> LookupTable:
         """Build from Segmented Palette Color Lookup Table Data, PS3.3 C.7.9.2; else like `from_tags`."""
         entries, first, bits = _descriptor(descriptor, signed)
         unit = 1 if bits <= 8 else 2
@@ -633,9 +631,7 @@ def _padding(value: int, signed: bool, bits: int) -> int:
 
 def _descriptor(descriptor: Sequence[int], signed: bool) -> tuple[int, int, int]:
     if len(descriptor) != 3 or not 1 <= descriptor[2] <= 16:
-        raise MetadataError(
-            f"LUT Descriptor {list(descriptor)}: needs entries, first value and bits, 1 to 16"
-        )
+        raise MetadataError(f"LUT Descriptor {list(descriptor)}: needs entries, first value and bits, 1 to 16")
     entries, first, bits = map(int, descriptor)
     return (entries & 0xFFFF) or _MAX_ENTRIES, _us_or_ss(first, signed), bits
 

@@ -149,7 +149,9 @@ class _Task:
 
     __slots__ = ("batch", "fetches", "options", "out", "slot", "source")
 
-    def __init__(self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions) -> None:
+    def __init__(
+        self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions
+    ) -> None:
         self.batch, self.slot, self.source, self.out, self.options = batch, slot, source, out, options
         self.fetches = 0
 
@@ -215,7 +217,11 @@ class Reader:
         return batch
 
     def read(
-        self, sources: Sequence[FrameSource], options: ReadOptions | None = None, *, cache: FrameCache | None = None
+        self,
+        sources: Sequence[FrameSource],
+        options: ReadOptions | None = None,
+        *,
+        cache: FrameCache | None = None,
     ) -> list[AnyArray]:
         """Read frames and wait for them; see `submit`."""
         return self.submit(sources, options or ReadOptions(), cache=cache).wait()
@@ -308,7 +314,9 @@ class Reader:
             stored = decode(data, profile.syntax, profile.pixels, out=out if direct else self._scratch_array(profile))
         except DecodeError as error:
             place = f"frame {source.frame_id} of image set {source.image_set_id}"
-            raise type(error)(f"{place}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
+            raise type(error)(
+                f"{place}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
+            ) from error
         if check and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
             raise self._mismatch(task, "decoded pixels")
         if not direct:

@@ -213,7 +213,8 @@ class Search:
         import pandas as pd
 
         return pd.DataFrame(
-            [[getattr(summary, name) for name in _FIELDS] for summary in self.summaries()], columns=list(_FIELDS)
+            [[getattr(summary, name) for name in _FIELDS] for summary in self.summaries()],
+            columns=list(_FIELDS),
         )
 
     def index(
@@ -258,7 +259,9 @@ class Search:
         """
         outside = [name for name in columns if name not in SERIES_COLUMNS]
         if outside and not phi:
-            raise ConfigError(f"{', '.join(outside)} may identify patients: pass phi=True to keep them in the index all the same")
+            raise ConfigError(
+                f"{', '.join(outside)} may identify patients: pass phi=True to keep them in the index all the same"
+            )
         hasher = patient_hash(patient_key)
         found, skipped = [], 0
         for page in self.pages():
@@ -267,9 +270,21 @@ class Search:
                     found.append(summary)
                 else:
                     skipped += 1
-        found.sort(key=lambda each: (each.study_instance_uid or "", each.series_instance_uid or "", each.image_set_id))
+        found.sort(
+            key=lambda each: (
+                each.study_instance_uid or "",
+                each.series_instance_uid or "",
+                each.image_set_id,
+            )
+        )
         gatherer = Gatherer(dict.fromkeys(outside, "text"))
-        without = self._gather(found, gatherer, hasher, dict.fromkeys(outside, "text"), self.progress if progress is None else progress)
+        without = self._gather(
+            found,
+            gatherer,
+            hasher,
+            dict.fromkeys(outside, "text"),
+            self.progress if progress is None else progress,
+        )
         notes = []
         if skipped:
             kind = "non-primary" if self.primary else "primary"
@@ -277,7 +292,10 @@ class Search:
         if without:
             notes.append(f"{without:,} instances hold no image and were left out")
         if not found:
-            notes.append("empty: no image set was found" + (" among those searched for" if self.criteria or self.conditions else ""))
+            notes.append(
+                "empty: no image set was found"
+                + (" among those searched for" if self.criteria or self.conditions else "")
+            )
         return DatasetIndex(gatherer.tables(), patient_secret=hasher.secret, notes=notes)
 
     def _gather(
@@ -292,7 +310,12 @@ class Search:
         without = 0
         with (
             ThreadPoolExecutor(_METADATA_THREADS, "ahi-ml-metadata") as pool,
-            tqdm(total=len(found), desc="metadata", unit="set", disable=None if progress is None else not progress) as bar,
+            tqdm(
+                total=len(found),
+                desc="metadata",
+                unit="set",
+                disable=None if progress is None else not progress,
+            ) as bar,
         ):
             for summary, records in zip(
                 found, pool.map(lambda each: self._read(client, each, extra), found), strict=True
@@ -313,7 +336,9 @@ class Search:
             try:
                 with translated("GetImageSetMetadata", f"image set {summary.image_set_id}"):
                     answer = client.get_image_set_metadata(
-                        datastoreId=self.datastore_id, imageSetId=summary.image_set_id, versionId=summary.version_id
+                        datastoreId=self.datastore_id,
+                        imageSetId=summary.image_set_id,
+                        versionId=summary.version_id,
                     )
                     body = answer["imageSetMetadataBlob"].read()
                 return list(parse_document(body, extra=extra))
@@ -322,8 +347,6 @@ class Search:
                     raise
                 time.sleep(_READY_WAIT_S * (attempt + 1))
         raise AssertionError("unreachable")
-
-
 
 
 def make_search(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ class Target:
     datastore_id: str | None
     folder: Path | None
     name: str = _DEFAULT
-    service: Service = Service()
+    service: Service = field(default_factory=Service)
     cache: Path | None = None
 
 

@@ -89,9 +89,7 @@ def _floor(folder: Any, path: Any) -> dict[str, float]:
     return {"request": request, **floors.convert_cpu_ms(bodies, index.profile(0).modality.intercept)}
 
 
-def _summary(
-    outcomes: dict[str, list[Epochs]], floor: list[dict[str, float]]
-) -> tuple[list[Measurement], list[Ratio]]:
+def _summary(outcomes: dict[str, list[Epochs]], floor: list[dict[str, float]]) -> tuple[list[Measurement], list[Ratio]]:
     def each(name: str, title: str, unit: str, value: Any) -> Measurement:
         return Measurement(f"{name}: {title}", unit, [value(epochs) for epochs in outcomes[name]])
 

@@ -106,7 +106,11 @@ def _phantom(count: int, seed: int) -> Iterator[Dataset]:
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
         dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = _uid("phantom", seed, number)
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = (
+            study,
+            series,
+            frame,
+        )
         dataset.PatientID, dataset.PatientName, dataset.StudyID = "PHANTOM", "Phantom^CT", "1"
         dataset.AccessionNumber, dataset.StudyDate, dataset.StudyTime = "PHANTOM", "20240101", "120000"
         dataset.Modality, dataset.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
@@ -116,7 +120,12 @@ def _phantom(count: int, seed: int) -> Iterator[Dataset]:
         dataset.PixelSpacing, dataset.SliceThickness = [0.78125, 0.78125], 5.0
         dataset.Rows = dataset.Columns = _SIDE
         dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = (
+            16,
+            16,
+            15,
+            1,
+        )
         dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
         dataset.WindowCenter, dataset.WindowWidth = 40, 400
         dataset.PixelData = _slice(random, number / max(count - 1, 1)).tobytes()
@@ -128,7 +137,12 @@ def _slice(random: np.random.Generator, height: float) -> NDArray[np.int16]:
     y, x = np.mgrid[-1 : 1 : _SIDE * 1j, -1 : 1 : _SIDE * 1j]
     body = (x / (0.75 + 0.05 * np.sin(6 * height))) ** 2 + (y / 0.55) ** 2 < 1
     image = np.where(body, 1064.0, 24.0)
-    shapes = [(-0.35, -0.05, 0.25, 0.3, -850), (0.35, -0.05, 0.25, 0.3, -850), (0.0, 0.33, 0.09, 0.1, 600), (0.1, -0.25, 0.2, 0.15, 60)]
+    shapes = [
+        (-0.35, -0.05, 0.25, 0.3, -850),
+        (0.35, -0.05, 0.25, 0.3, -850),
+        (0.0, 0.33, 0.09, 0.1, 600),
+        (0.1, -0.25, 0.2, 0.15, 60),
+    ]
     for left, top, width, depth, value in shapes:
         scale = 0.7 + 0.5 * np.sin(np.pi * (height + 0.2))
         inside = ((x - left) / (width * scale)) ** 2 + ((y - top) / (depth * scale)) ** 2 < 1

@@ -21,13 +21,18 @@ import numpy as np
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-from ahi_ml import DataStore, DatasetIndex
+from ahi_ml import DatasetIndex, DataStore
 
 __all__ = ["LeanClient", "convert_cpu_ms", "decode_all", "signed_requests"]
 
 Request = tuple[str, list[str], str]
 
-_REGION_VARIABLES = ("AWS_ENDPOINT_URL_MEDICAL_IMAGING", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+_REGION_VARIABLES = (
+    "AWS_ENDPOINT_URL_MEDICAL_IMAGING",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_REGION",
+)
 
 
 def signed_requests(store: DataStore, index: DatasetIndex) -> list[Request]:

@@ -118,7 +118,12 @@ class PlainDataset(Dataset[dict[str, Any]]):
         self._environment = store.environment()
         self._datastore_id = store.datastore_id
         self._frames = [
-            (source.image_set_id, source.frame_id, source.profile.modality.slope, source.profile.modality.intercept)
+            (
+                source.image_set_id,
+                source.frame_id,
+                source.profile.modality.slope,
+                source.profile.modality.intercept,
+            )
             for source in index.sources()
         ]
         self._client: Any = None

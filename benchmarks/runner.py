@@ -24,7 +24,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BENCHMARKS", "SIZES", "Measurement", "Ratio", "fresh_process", "main", "record", "result", "table", "take_turns"]
+__all__ = [
+    "BENCHMARKS",
+    "SIZES",
+    "Measurement",
+    "Ratio",
+    "fresh_process",
+    "main",
+    "record",
+    "result",
+    "table",
+    "take_turns",
+]
 
 BENCHMARKS = {
     "cold_epoch": "an epoch over the network, against a plain torch DataLoader with boto3 and OpenJPEG",
@@ -70,7 +81,14 @@ class Measurement:
         """As it goes into the JSON."""
         rounded = [float(f"{value:.5g}") for value in self.values]
         p50, p90 = (float(f"{value:.5g}") for value in (self.p50, self.p90))
-        return {"name": self.name, "unit": self.unit, "n": len(rounded), "p50": p50, "p90": p90, "values": rounded}
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "n": len(rounded),
+            "p50": p50,
+            "p90": p90,
+            "values": rounded,
+        }
 
 
 @dataclass(frozen=True)
@@ -104,11 +122,21 @@ class Ratio:
     def to_dict(self) -> dict[str, Any]:
         """As it goes into the JSON."""
         value = float(f"{self.value:.4g}")
-        return {"name": self.name, "value": value, "at_least": self.at_least, "at_most": self.at_most, "met": self.met}
+        return {
+            "name": self.name,
+            "value": value,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "met": self.met,
+        }
 
 
 def result(
-    name: str, size: str, parameters: Mapping[str, Any], measurements: Sequence[Measurement], ratios: Sequence[Ratio]
+    name: str,
+    size: str,
+    parameters: Mapping[str, Any],
+    measurements: Sequence[Measurement],
+    ratios: Sequence[Ratio],
 ) -> dict[str, Any]:
     """What a benchmark's ``run`` returns."""
     return {
@@ -148,7 +176,11 @@ def record(outcome: Mapping[str, Any], date: str | None = None) -> dict[str, Any
         "commit": _commit(),
         "date": date or datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "machine": {"system": f"{platform.system()} {platform.machine()}", "cpus": _cpus(), "cpu": _cpu_model()},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": _cpus(),
+            "cpu": _cpu_model(),
+        },
     }
 
 
@@ -228,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome = record(importlib.import_module(f"benchmarks.{asked.name}").run(asked.size), asked.date)
     _say("")
     print(table(outcome))
-    print(f"\ncommit {outcome['commit']}, {outcome['date']}, {outcome['machine']['cpus']} x {outcome['machine']['cpu']}")
+    print(
+        f"\ncommit {outcome['commit']}, {outcome['date']}, {outcome['machine']['cpus']} x {outcome['machine']['cpu']}"
+    )
     if asked.json:
         asked.json.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -85,7 +85,13 @@ def demo(
     except ImportError as error:
         raise ConfigError(f"the demo needs more packages ({error.name}): pip install 'ahi_ml[demo]'") from error
 
-    report = run_demo(folder, data=data, steps=steps, say=(lambda text: None) if quiet else _say, progress=False if quiet else None)
+    report = run_demo(
+        folder,
+        data=data,
+        steps=steps,
+        say=(lambda text: None) if quiet else _say,
+        progress=False if quiet else None,
+    )
 
     def text() -> str:
         lines = ["", "ahi-ml demo", *(f"  data: {line}" for line in report.provenance)]
@@ -195,7 +201,9 @@ def search(
     _print(
         table.to_dict("records"),
         as_json,
-        lambda: table[["image_set_id", "version_id", "modality", "study_date", "instances", "is_primary"]].to_string(index=False),
+        lambda: table[["image_set_id", "version_id", "modality", "study_date", "instances", "is_primary"]].to_string(
+            index=False
+        ),
     )
 
 
@@ -222,7 +230,13 @@ def index(
         found = found.where(modality=modality) if modality else found
         made = found.index(patient_key=key.read_bytes() if key.exists() else None)
     made.save(out)
-    summary = {"path": str(out), "frames": len(made), "series": len(made.series), "snapshot_id": made.snapshot_id, "notes": made.notes}
+    summary = {
+        "path": str(out),
+        "frames": len(made),
+        "series": len(made.series),
+        "snapshot_id": made.snapshot_id,
+        "notes": made.notes,
+    }
     _print(summary, as_json, lambda: repr(made))
 
 
@@ -250,8 +264,21 @@ def split(
     lines = []
     for name, part in DatasetIndex.load(path).split(shares, by=by, seed=seed).items():  # type: ignore[arg-type]
         file = part.save(path.with_name(f"{path.stem}.{name}{path.suffix}"))
-        lines.append({"part": name, "path": str(file), "frames": len(part), "patients": int(part.series["patient_key"].nunique())})
-    _print(lines, as_json, lambda: "\n".join(f"{each['part']}: {each['frames']:,} frames, {each['patients']} patients, {each['path']}" for each in lines))
+        lines.append(
+            {
+                "part": name,
+                "path": str(file),
+                "frames": len(part),
+                "patients": int(part.series["patient_key"].nunique()),
+            }
+        )
+    _print(
+        lines,
+        as_json,
+        lambda: "\n".join(
+            f"{each['part']}: {each['frames']:,} frames, {each['patients']} patients, {each['path']}" for each in lines
+        ),
+    )
 
 
 @app.command()
@@ -344,7 +371,11 @@ def features(
     with _open(target, region, profile, endpoint_url, quiet) as store:
         table = extract_features(store, DatasetIndex.load(path), work, by=by, out=out, n_jobs=jobs)  # type: ignore[arg-type]
     failed = int(table["error"].notna().sum()) if len(table) else 0
-    _print({"path": str(out), "rows": len(table), "failed": failed}, as_json, lambda: f"{out}: {len(table)} rows, {failed} failed")
+    _print(
+        {"path": str(out), "rows": len(table), "failed": failed},
+        as_json,
+        lambda: f"{out}: {len(table)} rows, {failed} failed",
+    )
     if failed:
         raise typer.Exit(EXIT_PARTIAL)
 
@@ -366,7 +397,11 @@ def cache(
     if clear and (yes or typer.confirm(f"Delete every frame cached in {frames.folder}?", err=True)):
         frames.clear()
     count, size = frames.size()
-    _print({"folder": str(frames.folder), "frames": count, "bytes": size}, as_json, lambda: f"{frames.folder}: {count:,} frames, {size:,} bytes")
+    _print(
+        {"folder": str(frames.folder), "frames": count, "bytes": size},
+        as_json,
+        lambda: f"{frames.folder}: {count:,} frames, {size:,} bytes",
+    )
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -200,7 +201,9 @@ def _split(index: DatasetIndex, report: DemoReport, say: Callable[[str], None]) 
     report.split_frames = {name: len(part) for name, part in parts.items()}
     report.split_patients = {name: len(found) for name, found in keys.items()}
     shared = set.intersection(*keys.values()) if len(keys) == len(parts) else set()
-    say(f"split by {by}, seed {seed}: {report.split_frames} frames, {report.split_patients} patients, {len(shared)} in both")
+    say(
+        f"split by {by}, seed {seed}: {report.split_frames} frames, {report.split_patients} patients, {len(shared)} in both"
+    )
     return parts
 
 
@@ -213,9 +216,9 @@ def _trainable(index: DatasetIndex, masks: dict[str, Any]) -> DatasetIndex:
     grey = index.where("SamplesPerPixel == 1 and Modality not in ('SEG', 'RTDOSE')")
     if len(grey) == 0:
         return index
-    shapes = grey.frames.groupby(["Rows", "Columns"]).size()
-    rows, columns = shapes.idxmax()
-    return grey.where(Rows=int(rows), Columns=int(columns))
+    shapes = Counter(zip(grey.column("Rows").to_pylist(), grey.column("Columns").to_pylist(), strict=True))
+    (rows, columns), _ = shapes.most_common(1)[0]
+    return grey.where(Rows=rows, Columns=columns)
 
 
 def _epochs(store: DataStore, frames: DatasetIndex, report: DemoReport, say: Callable[[str], None]) -> None:
@@ -255,7 +258,9 @@ def _train(
     say("training: " + ", ".join(f"{name} {value}" for name, value in report.training.items()))
 
 
-def _volume(store: DataStore, index: DatasetIndex, picture: Path, report: DemoReport, say: Callable[[str], None]) -> None:
+def _volume(
+    store: DataStore, index: DatasetIndex, picture: Path, report: DemoReport, say: Callable[[str], None]
+) -> None:
     from ahi_ml.display import montage
     from ahi_ml.volume import open_volume
 
@@ -295,10 +300,14 @@ def intensity_features(volume: Any) -> dict[str, float]:
     }
 
 
-def _features(store: DataStore, index: DatasetIndex, path: Path, report: DemoReport, say: Callable[[str], None]) -> None:
+def _features(
+    store: DataStore, index: DatasetIndex, path: Path, report: DemoReport, say: Callable[[str], None]
+) -> None:
     from ahi_ml.features import extract_features
 
     table = extract_features(store, index, intensity_features, out=path, n_jobs=1)
     report.feature_rows, report.feature_errors = len(table), int(table["error"].notna().sum())
     report.outputs["features"] = str(path)
-    say(f"features: {report.feature_rows} series, {report.feature_errors} that are no volume (their reasons are in the table)")
+    say(
+        f"features: {report.feature_rows} series, {report.feature_errors} that are no volume (their reasons are in the table)"
+    )

@@ -223,9 +223,7 @@ def write_sample_dicom(folder: Path, *, progress: Callable[[str], None] | None =
         template = _load_template()
         for number, profile in missing:
             say(f"writing {profile.patient_id}: {profile.grid.shape[0]} MR slices and their segmentation")
-            image, mask = (
-                _derived_volume(template, profile.grid, number) if number else _plain_volume(template)
-            )
+            image, mask = _derived_volume(template, profile.grid, number) if number else _plain_volume(template)
             written += _write_patient(folder, profile, image, mask)
 
     assorted, copied = _copy_assorted(folder / "assorted", say)
@@ -273,9 +271,7 @@ def masks_by_instance(segmentation_files: Iterable[Path]) -> dict[str, NDArray[n
     for path in segmentation_files:
         dataset = dcmread(path)
         if dataset.get("SOPClassUID") != SegmentationStorage or dataset.get("SegmentationType") != "BINARY":
-            raise DataError(
-                f"{path} is not a BINARY DICOM Segmentation; pass the `segmentations` of the sample"
-            )
+            raise DataError(f"{path} is not a BINARY DICOM Segmentation; pass the `segmentations` of the sample")
         try:
             shape = (int(dataset.Rows), int(dataset.Columns))
             for series in dataset.ReferencedSeriesSequence:
@@ -328,9 +324,7 @@ def _plain_volume(template: _Template) -> tuple[AnyArray, AnyArray]:
     z, y, x = _TEMPLATE_PROFILE.grid.axes_ras()
     origin = np.array(_TEMPLATE_AFFINE)[:3, 3]
     take = np.ix_(*((axis - start).astype(np.intp) for axis, start in zip((x, y, z), origin, strict=True)))
-    t1, grey, white = (
-        volume[take].transpose(2, 1, 0) for volume in (template.t1, template.grey, template.white)
-    )
+    t1, grey, white = (volume[take].transpose(2, 1, 0) for volume in (template.t1, template.grey, template.white))
     return t1.astype(np.uint16), _labels(grey, white)
 
 

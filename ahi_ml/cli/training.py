@@ -89,7 +89,12 @@ def train_segmenter(
                 overlap[label] += 2 * ((guess == label) & (truth == label)).sum()
                 total[label] += (guess == label).sum() + (truth == label).sum()
     dice = overlap / total.clamp_min(1)
-    return {"task": "segmentation", **report, "val_dice_grey": round(float(dice[1]), 3), "val_dice_white": round(float(dice[2]), 3)}
+    return {
+        "task": "segmentation",
+        **report,
+        "val_dice_grey": round(float(dice[1]), 3),
+        "val_dice_white": round(float(dice[2]), 3),
+    }
 
 
 def train_denoiser(
@@ -112,7 +117,12 @@ def train_denoiser(
     net.eval()
     with torch.no_grad():
         errors = [float(loss_of(batch)) for batch in FrameLoader(FrameDataset(store, val), _BATCH)] or [float("nan")]
-    return {"task": "denoising", **report, "val_error": round(float(np.mean(errors)), 4), "noise_power": _NOISE**2}
+    return {
+        "task": "denoising",
+        **report,
+        "val_error": round(float(np.mean(errors)), 4),
+        "noise_power": _NOISE**2,
+    }
 
 
 def _shrink(image: torch.Tensor) -> torch.Tensor:

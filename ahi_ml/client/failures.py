@@ -27,7 +27,10 @@ _KINDS: dict[str, tuple[type[ServiceError], str]] = {
     "ExpiredTokenException": (AccessDeniedError, "refresh the credentials"),
     "UnrecognizedClientException": (AccessDeniedError, "check the credentials"),
     "InvalidClientTokenId": (AccessDeniedError, "check the credentials"),
-    "InvalidSignatureException": (AccessDeniedError, "check the secret key, the region and this machine's clock"),
+    "InvalidSignatureException": (
+        AccessDeniedError,
+        "check the secret key, the region and this machine's clock",
+    ),
     "IncompleteSignature": (AccessDeniedError, "check the credentials"),
     "IncompleteSignatureException": (AccessDeniedError, "check the credentials"),
     "MissingAuthenticationTokenException": (AccessDeniedError, "sign the request"),
@@ -44,9 +47,7 @@ _KINDS: dict[str, tuple[type[ServiceError], str]] = {
 _RETRYABLE = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "InternalServerException"})
 
 
-def service_error(
-    operation: str, code: str, status: int, text: str, request_id: str, where: str = ""
-) -> ServiceError:
+def service_error(operation: str, code: str, status: int, text: str, request_id: str, where: str = "") -> ServiceError:
     """The error of the tree for an answer of the service. I/O: none.
 
     Parameters
@@ -101,7 +102,11 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         raise ConfigError(f"{operation}: {error}. Pass region= or profile= to connect") from error
     except botocore_errors.ParamValidationError as error:
         raise ConfigError(f"{operation}: {error}") from error
-    except (botocore_errors.HTTPClientError, botocore_errors.IncompleteReadError, botocore_errors.ResponseStreamingError) as error:
+    except (
+        botocore_errors.HTTPClientError,
+        botocore_errors.IncompleteReadError,
+        botocore_errors.ResponseStreamingError,
+    ) as error:
         place = f" for {where}" if where else ""
         raise ConnectionFailedError(
             f"{operation}{place}: no usable answer ({type(error).__name__}): {error}. Check the network and the endpoint",

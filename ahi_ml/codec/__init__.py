@@ -160,9 +160,7 @@ def _match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
             return image.reshape(pixels.shape)
     if image.ndim == 3 and image.shape[2] == 4 and pixels.samples == 3:
         raise DecodeError(f"{describe(syntax)}: the frame has an alpha channel, which DICOM does not allow")
-    raise DecodeError(
-        f"{describe(syntax)}: the frame decodes to {image.shape}, the metadata says {pixels.shape}"
-    )
+    raise DecodeError(f"{describe(syntax)}: the frame decodes to {image.shape}, the metadata says {pixels.shape}")
 
 
 def _extend_sign(image: AnyArray, bits: int, pixels: PixelFormat) -> AnyArray:

@@ -69,9 +69,7 @@ SYNTAXES: dict[str, TransferSyntax] = {
     syntax.uid: syntax
     for syntax in [
         TransferSyntax(IMPLICIT_LE, "Implicit VR Little Endian", "native"),
-        TransferSyntax(
-            EXPLICIT_LE, "Explicit VR Little Endian", "native", content_type="application/octet-stream"
-        ),
+        TransferSyntax(EXPLICIT_LE, "Explicit VR Little Endian", "native", content_type="application/octet-stream"),
         TransferSyntax("1.2.840.10008.1.2.1.99", "Deflated Explicit VR Little Endian", "native"),
         TransferSyntax("1.2.840.10008.1.2.2", "Explicit VR Big Endian", "native"),
         TransferSyntax("1.2.840.10008.1.2.5", "RLE Lossless", "rle"),

@@ -26,7 +26,7 @@ Item = dict[str, Any]
 Transform = Callable[[Item], Item]
 
 # torch has no arithmetic for the wider unsigned types.
-_TORCH_SAFE = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
+_TORCH_SAFE: dict[str, np.dtype[Any]] = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
 _SKIP_RATE = 0.01
 _SKIP_GRACE = 5
 
@@ -109,7 +109,13 @@ class FrameDataset(Dataset[Item]):
         self.options = ReadOptions(output, dtype, steps, padding, window, verify)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
-        self.cache = store.cache if cache == "store" else FrameCache(Path(cache).expanduser()) if isinstance(cache, str | os.PathLike) else cache
+        self.cache = (
+            store.cache
+            if cache == "store"
+            else FrameCache(Path(cache).expanduser())
+            if isinstance(cache, str | os.PathLike)
+            else cache
+        )
         self._on_error = on_error
         self._read = self._skipped = 0
 
@@ -194,7 +200,6 @@ class FrameDataset(Dataset[Item]):
             dtype = _TORCH_SAFE.get(dtype.name, dtype)
         return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), dtype
 
-
     def items(self, pending: PendingBatch) -> list[Item]:
         """Wait for rows that were submitted and make their items. I/O: waits."""
         outcomes = pending.batch.outcomes()
@@ -205,7 +210,11 @@ class FrameDataset(Dataset[Item]):
         self._read += len(rows)
         items = []
         for row, array, details in zip(rows, pending.arrays, self.index.details(rows), strict=True):
-            item: Item = {"image": torch.from_numpy(array), "key": f"{details['image_set_id']}/{details['sop_instance_uid']}/{details['frame_number']}", "meta": details}
+            item: Item = {
+                "image": torch.from_numpy(array),
+                "key": f"{details['image_set_id']}/{details['sop_instance_uid']}/{details['frame_number']}",
+                "meta": details,
+            }
             if self._target is not None:
                 item["target"] = self._target_of(int(row), item)
             items.append(item if self._transform is None else self._transform(item))
@@ -240,7 +249,9 @@ class FrameDataset(Dataset[Item]):
         for key in (item["key"], meta["sop_instance_uid"], meta["series_instance_uid"]):
             if key in self._target:
                 return self._target[key]
-        raise ConfigError(f"the target mapping has no entry for the frame in row {row} (by key, SOP instance UID or series UID)")
+        raise ConfigError(
+            f"the target mapping has no entry for the frame in row {row} (by key, SOP instance UID or series UID)"
+        )
 
 
 def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:
@@ -250,7 +261,9 @@ def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform 
         return (transform,), None
     if isinstance(transform, list | tuple):
         if not all(hasattr(step, "apply") for step in transform):
-            raise ConfigError("a sequence of transforms holds the package's own pixel steps only; compose callables into one")
+            raise ConfigError(
+                "a sequence of transforms holds the package's own pixel steps only; compose callables into one"
+            )
         return tuple(transform), None
     if not callable(transform):
         raise ConfigError(f"transform is a pixel step or a callable, not {type(transform).__name__}")

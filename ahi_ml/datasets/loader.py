@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class FrameLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        rows = len(self._sampler) if hasattr(self._sampler, "__len__") else len(self.dataset)
+        rows = len(self._sampler) if isinstance(self._sampler, Sized) else len(self.dataset)
         return rows // self.batch_size if self._drop_last else math.ceil(rows / self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:

@@ -210,7 +210,13 @@ class DatasetIndex:
         result = {name: self[np.flatnonzero(parts == number)] for number, name in enumerate(order)}
         for name, part in result.items():
             count = len({group for group, where in zip(groups, names, strict=True) if where == name})
-            _LOG.info("split %s: %d groups, %d frames (%.1f %%)", name, count, len(part), 100 * len(part) / max(len(self), 1))
+            _LOG.info(
+                "split %s: %d groups, %d frames (%.1f %%)",
+                name,
+                count,
+                len(part),
+                100 * len(part) / max(len(self), 1),
+            )
         return result
 
     # Looking
@@ -272,8 +278,16 @@ class DatasetIndex:
     def columns(self) -> list[str]:
         """Names of the columns of `frames`. I/O: none."""
         tables = self._tables
-        names = [name for table in (tables.series, tables.instances, tables.profiles, tables.frames) for name in table.column_names]
-        rest = [name for name in dict.fromkeys([*names, "ImagePositionPatient"]) if name not in _FIRST and name not in _REFERENCES]
+        names = [
+            name
+            for table in (tables.series, tables.instances, tables.profiles, tables.frames)
+            for name in table.column_names
+        ]
+        rest = [
+            name
+            for name in dict.fromkeys([*names, "ImagePositionPatient"])
+            if name not in _FIRST and name not in _REFERENCES
+        ]
         return [*_FIRST, *rest]
 
     @property
@@ -299,12 +313,17 @@ class DatasetIndex:
         rows = self._base_rows()
         series = self._series_of_rows()
         used, first, counts = np.unique(series, return_index=True, return_counts=True)
-        instances = np.unique(np.column_stack([series, instance[rows]]), axis=0)[:, 0] if len(rows) else np.empty(0, int)
+        instances = (
+            np.unique(np.column_stack([series, instance[rows]]), axis=0)[:, 0] if len(rows) else np.empty(0, int)
+        )
         table = self._tables.series.take(pa.array(used))
         profiles = self._tables.profiles.take(pa.array(profile[rows[first]]))
         for name in ("Rows", "Columns", "PixelSpacing", "PhotometricInterpretation"):
             table = table.append_column(name, profiles[name])
-        table = table.append_column("instances", pa.array(np.searchsorted(instances, used, "right") - np.searchsorted(instances, used)))
+        table = table.append_column(
+            "instances",
+            pa.array(np.searchsorted(instances, used, "right") - np.searchsorted(instances, used)),
+        )
         table = table.append_column("frames", pa.array(counts))
         return table.to_pandas(types_mapper=pd.ArrowDtype).set_index("series_instance_uid")
 
@@ -319,7 +338,9 @@ class DatasetIndex:
             self._profiles = [None] * self._tables.profiles.num_rows
         found = self._profiles[number]
         if found is None:
-            found = self._profiles[number] = FrameProfile.from_row(self._tables.profiles.slice(number, 1).to_pylist()[0])
+            found = self._profiles[number] = FrameProfile.from_row(
+                self._tables.profiles.slice(number, 1).to_pylist()[0]
+            )
         return found
 
     def sources(self, rows: Sequence[int] | AnyArray | None = None) -> list[FrameSource]:
@@ -363,7 +384,11 @@ class DatasetIndex:
         """Image Position (Patient) of every row, ``(n, 3)`` LPS mm; NaN where there is none. I/O: none."""
         plane = self._lookups()[2][self._base_rows()]
         planes = self._tables.planes
-        xyz = np.column_stack([_chunk(planes[axis]).to_numpy() for axis in "xyz"]) if planes.num_rows else np.empty((0, 3))
+        xyz = (
+            np.column_stack([_chunk(planes[axis]).to_numpy() for axis in "xyz"])
+            if planes.num_rows
+            else np.empty((0, 3))
+        )
         found = np.full((len(plane), 3), np.nan)
         found[plane >= 0] = xyz[plane[plane >= 0]]
         return found
@@ -387,12 +412,27 @@ class DatasetIndex:
             instance, _, _, series, raw, _ = self._lookups()
             rows = self._base_rows()
             sets = self._tables.series.select(["image_set_id", "version_id"]).to_pylist()
-            digests = np.array(
-                [hashlib.blake2b(f"{each['image_set_id']}\0{each['version_id']}".encode(), digest_size=16).digest() for each in sets]
-                or [b""],
-                "S16",
-            ).view(np.uint8).reshape(-1, 16) if sets else np.empty((0, 16), np.uint8)
-            lines = np.concatenate([digests[series[instance[rows]]], raw[rows]], axis=1) if len(rows) else np.empty((0, 32), np.uint8)
+            digests = (
+                np.array(
+                    [
+                        hashlib.blake2b(
+                            f"{each['image_set_id']}\0{each['version_id']}".encode(), digest_size=16
+                        ).digest()
+                        for each in sets
+                    ]
+                    or [b""],
+                    "S16",
+                )
+                .view(np.uint8)
+                .reshape(-1, 16)
+                if sets
+                else np.empty((0, 16), np.uint8)
+            )
+            lines = (
+                np.concatenate([digests[series[instance[rows]]], raw[rows]], axis=1)
+                if len(rows)
+                else np.empty((0, 32), np.uint8)
+            )
             ordered = np.sort(np.ascontiguousarray(lines).view("S32").reshape(-1)) if len(rows) else b""
             digest = hashlib.blake2b(f"ahi_ml index {SCHEMA_VERSION}\0".encode(), digest_size=16)
             digest.update(np.asarray(ordered).tobytes())

@@ -111,7 +111,10 @@ def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
             if not pa.types.is_list(column.type):
                 raise ConfigError(f"{name.id} is not a list column")
             long_enough = pc.greater(pc.list_value_length(column), place)
-            return pc.list_element(pc.if_else(pc.fill_null(long_enough, False), column, pa.scalar([None] * (place + 1), column.type)), place)
+            return pc.list_element(
+                pc.if_else(pc.fill_null(long_enough, False), column, pa.scalar([None] * (place + 1), column.type)),
+                place,
+            )
         case ast.Compare(left=left, ops=signs, comparators=others):
             result, before = None, left
             for sign, other in zip(signs, others, strict=True):

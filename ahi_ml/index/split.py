@@ -106,7 +106,10 @@ def assign_groups(
         place = int.from_bytes(digest, "big") / 2**64
         smallest[group] = min(place, smallest.get(group, 1.0))
     part = {
-        group: next((name for name, (low, high) in zip(ratios, pairwise(bounds), strict=True) if low <= place < high), "")
+        group: next(
+            (name for name, (low, high) in zip(ratios, pairwise(bounds), strict=True) if low <= place < high),
+            "",
+        )
         for group, place in smallest.items()
     }
     return [part[group] for group in groups]

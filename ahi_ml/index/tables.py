@@ -106,7 +106,8 @@ class Tables:
         for name in TABLES:
             rows = batch.column(name).values
             tables[name] = pa.Table.from_arrays(
-                [rows.field(number) for number in range(rows.type.num_fields)], schema=pa.schema(list(rows.type))
+                [rows.field(number) for number in range(rows.type.num_fields)],
+                schema=pa.schema(list(rows.type)),
             )
         return cls(**tables), metadata.get(_SNAPSHOT_KEY, b"").decode()
 
@@ -136,7 +137,9 @@ class Gatherer:
     """
 
     def __init__(self, extra: dict[str, str] | None = None) -> None:
-        self._series_schema = pa.schema([*SERIES, *(pa.field(name, KINDS[kind]) for name, kind in (extra or {}).items())])
+        self._series_schema = pa.schema(
+            [*SERIES, *(pa.field(name, KINDS[kind]) for name, kind in (extra or {}).items())]
+        )
         self._series: list[dict[str, Any]] = []
         self._instances: list[dict[str, Any]] = []
         self._planes: list[tuple[float, float, float]] = []
@@ -189,10 +192,14 @@ class Gatherer:
             series=pa.Table.from_pylist(self._series, schema=self._series_schema),
             instances=pa.Table.from_pylist(self._instances, schema=INSTANCES),
             profiles=pa.Table.from_arrays(
-                [pa.array(column, field.type) for column, field in zip(columns, PROFILES, strict=True)], schema=PROFILES
+                [pa.array(column, field.type) for column, field in zip(columns, PROFILES, strict=True)],
+                schema=PROFILES,
             ),
             planes=pa.Table.from_arrays(
-                [pa.array(column, pa.float64()) for column in (zip(*self._planes, strict=True) if self._planes else [[]] * 3)],
+                [
+                    pa.array(column, pa.float64())
+                    for column in (zip(*self._planes, strict=True) if self._planes else [[]] * 3)
+                ],
                 schema=PLANES,
             ),
             frames=pa.table(self._frames, schema=FRAMES),

@@ -136,7 +136,7 @@ class FrameRow:
 
 
 def _image_set(row: Sequence[Any]) -> ImageSet:
-    return ImageSet(row[0], row[1], bool(row[2]), *row[3:16], json.loads(row[16]))
+    return ImageSet(*row[:2], bool(row[2]), *row[3:16], tags=json.loads(row[16]))
 
 
 def _version(row: Sequence[Any]) -> Version:
@@ -166,7 +166,12 @@ class Catalog:
         self._depth = 0
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "cache_size=-65536"):
+            for pragma in (
+                "locking_mode=EXCLUSIVE",
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "cache_size=-65536",
+            ):
                 self._db.execute(f"PRAGMA {pragma}")
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found == 0:
@@ -268,9 +273,7 @@ class Catalog:
 
     def job_by_token(self, datastore_id: str, client_token: str) -> Job | None:
         """The job that a request with this idempotency token started."""
-        row = self._one(
-            "SELECT * FROM jobs WHERE datastore_id=? AND client_token=?", (datastore_id, client_token)
-        )
+        row = self._one("SELECT * FROM jobs WHERE datastore_id=? AND client_token=?", (datastore_id, client_token))
         return Job(*row) if row else None
 
     def jobs(
@@ -308,9 +311,7 @@ class Catalog:
 
     def count_image_sets(self, datastore_id: str) -> int:
         """How many image sets are not deleted."""
-        row = self._one(
-            "SELECT count(*) FROM image_sets WHERE datastore_id=? AND deleted IS NULL", (datastore_id,)
-        )
+        row = self._one("SELECT count(*) FROM image_sets WHERE datastore_id=? AND deleted IS NULL", (datastore_id,))
         return int(row[0]) if row else 0
 
     def primaries(self, datastore_id: str, *, study_uid: str) -> list[ImageSet]:
@@ -325,8 +326,7 @@ class Catalog:
     def series_image_sets(self, datastore_id: str, series_uid: str) -> list[ImageSet]:
         """The image sets of a series, primary or not, oldest first."""
         rows = self._all(
-            "SELECT * FROM image_sets WHERE datastore_id=? AND series_uid=? AND deleted IS NULL "
-            "ORDER BY created, id",
+            "SELECT * FROM image_sets WHERE datastore_id=? AND series_uid=? AND deleted IS NULL ORDER BY created, id",
             (datastore_id, series_uid),
         )
         return [_image_set(row) for row in rows]
@@ -433,9 +433,7 @@ class Catalog:
 
     def frames(self, image_set_id: str) -> list[FrameRow]:
         """Every frame an image set lists, in any version."""
-        rows = self._all(
-            "SELECT frame_id, blob, content_type FROM frames WHERE image_set_id=?", (image_set_id,)
-        )
+        rows = self._all("SELECT frame_id, blob, content_type FROM frames WHERE image_set_id=?", (image_set_id,))
         return [FrameRow(*row) for row in rows]
 
     def forget(self, image_set_id: str) -> None:

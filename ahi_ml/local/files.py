@@ -167,7 +167,8 @@ class StoreFolder:
                 return Keys(**json.loads(path.read_text(encoding="utf-8")))
             except FileNotFoundError:
                 made = Keys(
-                    access_key_id="AKIA" + "".join(secrets.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") for _ in range(16)),
+                    access_key_id="AKIA"
+                    + "".join(secrets.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") for _ in range(16)),
                     secret_access_key=re.sub(r"[-_=]", "x", secrets.token_urlsafe(40))[:40],
                     page_secret=secrets.token_hex(32),
                 )

@@ -257,9 +257,7 @@ def _container(shape: Any, mode: Mode) -> Check:
             problems.append(_fail(where, refusal))
             return None
         if check_key is None:
-            return [
-                _present(check_item, item, f"{where}.{n}.member", problems) for n, item in enumerate(value, 1)
-            ]
+            return [_present(check_item, item, f"{where}.{n}.member", problems) for n, item in enumerate(value, 1)]
         for key in value:  # a key is as much the client's data as a value: it does not stand in the path
             check_key(key, f"{where}.key", problems)
         return {key: _present(check_item, item, f"{where}.value", problems) for key, item in value.items()}
@@ -310,9 +308,7 @@ def _wire_name(shape: Any, name: str) -> str:
 
 
 def _token_members(shape: Any) -> frozenset[str]:
-    return frozenset(
-        name for name, member in shape.members.items() if member.metadata.get("idempotencyToken")
-    )
+    return frozenset(name for name, member in shape.members.items() if member.metadata.get("idempotencyToken"))
 
 
 def _epoch_seconds(value: Any) -> Any:
@@ -455,9 +451,7 @@ class Protocol:
         # One alternation for all routes, those with fewest labels first: the more specific route is meant.
         inputs = sorted(map(_Input, operations), key=lambda each: len(each.labels))
         self._inputs = {each.name: each for each in inputs}
-        self._match = re.compile(
-            "|".join(f"(?P<{each.name}>{each.pattern})" for each in inputs), re.S
-        ).fullmatch
+        self._match = re.compile("|".join(f"(?P<{each.name}>{each.pattern})" for each in inputs), re.S).fullmatch
 
     @property
     def operations(self) -> tuple[str, ...]:

@@ -66,8 +66,8 @@ class Application:
             response = self._protocol.serialise_fault(fault, request_id)
         except Exception:
             _LOG.exception("request %s", request_id)
-            fault = ServiceFault("InternalServerException", f"The request {request_id} failed; see the server's log")
-            response = self._protocol.serialise_fault(fault, request_id)
+            failure = ServiceFault("InternalServerException", f"The request {request_id} failed; see the server's log")
+            response = self._protocol.serialise_fault(failure, request_id)
         if delay := self._faults.delay_s(self._random):
             await asyncio.sleep(delay)
         head = {"type": "http.response.start", "status": response.status}

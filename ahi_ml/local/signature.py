@@ -159,9 +159,7 @@ class Verifier:
         fields = _split_authorization(authorization)
         stamp = headers.get("x-amz-date", "")
         if not _STAMP.fullmatch(stamp):
-            _incomplete(
-                "Authorization header requires existence of an 'X-Amz-Date' header in ISO 8601 basic format"
-            )
+            _incomplete("Authorization header requires existence of an 'X-Amz-Date' header in ISO 8601 basic format")
         scope = fields["Credential"].split("/")
         if len(scope) != 5:
             _incomplete("Credential must have the form KEY/DATE/REGION/SERVICE/aws4_request")
@@ -183,9 +181,7 @@ class Verifier:
 
         body_hash = hashlib.sha256(request.body).hexdigest() if request.body else _EMPTY_SHA256
         if headers.get("x-amz-content-sha256", body_hash) != body_hash:
-            _invalid(
-                "The body does not have the SHA-256 of the 'X-Amz-Content-SHA256' header; it must be signed"
-            )
+            _invalid("The body does not have the SHA-256 of the 'X-Amz-Content-SHA256' header; it must be signed")
         canonical = _canonical_request(request, names, body_hash)
         canonical_hash = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
         text = f"{_ALGORITHM}\n{stamp}\n{'/'.join(scope[1:])}\n{canonical_hash}"
@@ -204,9 +200,7 @@ class Verifier:
         if terminator != "aws4_request":
             _invalid("Credential should be scoped with a valid terminator: 'aws4_request'.")
         if date != stamp[:8]:
-            _invalid(
-                "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP."
-            )
+            _invalid("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP.")
 
     def _check_age(self, stamp: str) -> None:
         now, skew = self._clock(), self._max_skew_s

@@ -19,7 +19,7 @@ __all__ = ["FrameStack"]
 
 
 @dataclass(eq=False)
-class FrameStack(BackendArray):  # type: ignore[misc]
+class FrameStack(BackendArray):
     """Frames along z, read when indexed: only those of the slices asked for.
 
     Pickles with its store and index, both of which travel as paths.
@@ -67,7 +67,10 @@ class FrameStack(BackendArray):  # type: ignore[misc]
         present = np.flatnonzero(rows >= 0)
         cache = self.store.cache if self.cache == "store" else self.cache
         batch = self.store.reader.submit(
-            self.index.sources(rows[present]), self.options, outs=[block[place] for place in present], cache=cache
+            self.index.sources(rows[present]),
+            self.options,
+            outs=[block[place] for place in present],
+            cache=cache,
         )
         batch.wait()
         if isinstance(places, int | np.integer):

@@ -120,14 +120,18 @@ def _one_series(store: DataStore, series: str | DatasetIndex) -> DatasetIndex:
         index = series
     uids = [uid for uid, _ in index.series_rows()]
     if len(uids) != 1:
-        raise ConfigError(f"a volume needs an index of one series; this one has {len(uids)}: index.where(series_instance_uid=...)")
+        raise ConfigError(
+            f"a volume needs an index of one series; this one has {len(uids)}: index.where(series_instance_uid=...)"
+        )
     sets = index.series["image_set_id"].nunique()
     if sets > 1:
         raise ConfigError(f"the series stands in {sets} image sets: choose one with index.where(image_set_id=...)")
     return index
 
 
-def stack_series(index: DatasetIndex, *, gaps: Literal["error", "fill", "keep"] = "error") -> tuple[Stack, DatasetIndex]:
+def stack_series(
+    index: DatasetIndex, *, gaps: Literal["error", "fill", "keep"] = "error"
+) -> tuple[Stack, DatasetIndex]:
     """Order the frames of a series. I/O: none.
 
     Returns
@@ -157,15 +161,17 @@ def stack_series(index: DatasetIndex, *, gaps: Literal["error", "fill", "keep"] 
     groups = group_frames(
         orientations,
         spacing,
-        rows,
-        columns,
-        samples,
+        rows.tolist(),
+        columns.tolist(),
+        samples.tolist(),
         index.column("FrameOfReferenceUID").to_pylist(),
         image_types=index.column("ImageType").to_pylist(),
     )
     stacks = [group for group in groups if group.kind == "stack"] or groups[:1]
     if len(stacks) > 1:
-        listed = ", ".join(f"{len(group.indices)} frames{f' (by {group.reason})' if group.reason else ''}" for group in stacks)
+        listed = ", ".join(
+            f"{len(group.indices)} frames{f' (by {group.reason})' if group.reason else ''}" for group in stacks
+        )
         raise MixedOrientationError(
             f"{label}: its frames form {len(stacks)} stacks: {listed}. Select one, for example with index.where(...)",
             image_set_id=image_set_id,

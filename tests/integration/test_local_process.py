@@ -191,9 +191,7 @@ class TestStart:
             assert lease.endpoint.pid == held.endpoint.pid
             lease.close()
 
-    def test_openers_of_one_moment_end_with_one_server(
-        self, folder: Path, holder: Callable[[], Holder]
-    ) -> None:
+    def test_openers_of_one_moment_end_with_one_server(self, folder: Path, holder: Callable[[], Holder]) -> None:
         holders = [holder() for _ in range(6)]
         for each in holders:
             assert each.hear() == {"up": True}
@@ -497,9 +495,7 @@ class TestElsewhere:
 
 
 class TestFaults:
-    def test_latency_lasts_as_long_as_its_lease(
-        self, folder: Path, held: Lease, client_of: Callable[..., Any]
-    ) -> None:
+    def test_latency_lasts_as_long_as_its_lease(self, folder: Path, held: Lease, client_of: Callable[..., Any]) -> None:
         client = client_of(held)
 
         def seconds() -> float:

@@ -204,9 +204,7 @@ def test_gaps_are_filled(shear: tuple[float, float], jitter: float) -> None:
     assert (stack.order[~stack.slice_present] == -1).all()
     assert phantom.number[stack.order[stack.slice_present]].tolist() == GAPPY
     np.testing.assert_allclose(stack.geometry.affine, phantom.affine, atol=max(2 * jitter, 1e-9))
-    np.testing.assert_allclose(
-        stack.positions_mm, stack.geometry.coords()["z"], atol=0.03 if jitter else 1e-9
-    )
+    np.testing.assert_allclose(stack.positions_mm, stack.geometry.coords()["z"], atol=0.03 if jitter else 1e-9)
     assert "3 of 11 slices missing" in stack.notes[0]
 
 
@@ -300,9 +298,7 @@ def test_identical_duplicates_keep_the_first_whatever_the_order() -> None:
 
 def test_the_first_of_duplicates_goes_by_number_not_by_rounding() -> None:
     positions = [[0, 0, 0], [0, 0, 5], [0, 0, 5.001], [0, 0, 10]]
-    stack = stack_frames(
-        positions, AXIAL, (1, 1), 2, 2, instance_numbers=[1, 9, 2, 4], checksums=[1, 2, 2, 3]
-    )
+    stack = stack_frames(positions, AXIAL, (1, 1), 2, 2, instance_numbers=[1, 9, 2, 4], checksums=[1, 2, 2, 3])
     assert stack.order.tolist() == [0, 2, 3]
 
 
@@ -513,9 +509,7 @@ def test_groups_name_the_tag_that_split_them(change: dict[str, Any], reason: str
 def test_jitter_does_not_split_a_series() -> None:
     rng = np.random.default_rng(1)
     tags = series((30, {}))
-    tags["orientations"] = list(
-        np.outer(rng.uniform(0.99, 1.01, 30), AXIAL) + rng.uniform(-4e-4, 4e-4, (30, 6))
-    )
+    tags["orientations"] = list(np.outer(rng.uniform(0.99, 1.01, 30), AXIAL) + rng.uniform(-4e-4, 4e-4, (30, 6)))
     tags["pixel_spacing"] = list(0.8 * (1 + rng.uniform(-4e-4, 4e-4, (30, 2))))
     assert len(group_frames(**tags)) == 1
 

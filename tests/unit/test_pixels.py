@@ -134,9 +134,7 @@ def test_rescale_of_real_files(name: str) -> None:
     dataset = dicom(name)
     stored = dataset.pixel_array
     rescale = Rescale.from_tags(dataset.RescaleSlope, dataset.RescaleIntercept)
-    np.testing.assert_array_equal(
-        rescaled(rescale, stored), apply_modality_lut(stored, dataset).astype(np.float32)
-    )
+    np.testing.assert_array_equal(rescaled(rescale, stored), apply_modality_lut(stored, dataset).astype(np.float32))
 
 
 @pytest.mark.parametrize("shape", [(), (0, 5), (3,), (300, 300), (100_000,), (2, 300, 300), (200, 300, 3)])
@@ -146,9 +144,7 @@ def test_rescale_and_tables_take_any_shape(shape: tuple[int, ...]) -> None:
     table = STEPS[1]
     expected = np.clip(stored.astype(int) + 3, 0, 599)
     np.testing.assert_array_equal(table.apply(stored), expected)
-    np.testing.assert_array_equal(
-        pixels.uint8(np.asarray(expected / 599)), np.floor(expected / 599 * 255 + 0.5)
-    )
+    np.testing.assert_array_equal(pixels.uint8(np.asarray(expected / 599)), np.floor(expected / 599 * 255 + 0.5))
 
 
 def test_rescale_writes_into_strided_and_other_dtypes() -> None:
@@ -544,18 +540,14 @@ def test_ybr_is_pydicoms_for_every_chroma(luma: int) -> None:
     rgb = pixels.ybr_full_to_rgb(image)
     theirs = convert_color_space(image, "YBR_FULL", "RGB")
     differing = np.argwhere((rgb != theirs).any(axis=-1))
-    assert (
-        len(differing) <= 2
-    )  # pydicom's float32 rounds a few greens the other way: there, exactness decides
+    assert len(differing) <= 2  # pydicom's float32 rounds a few greens the other way: there, exactness decides
     for cb, cr in [*differing, (3, 3), (253, 253), (178, 1), (0, 255)]:
         assert rgb[cb, cr].tolist() == rgb_exact(luma, int(cb), int(cr))
 
 
 def test_ybr_of_a_real_file() -> None:
     image = dicom("SC_ybr_full_uncompressed.dcm").pixel_array
-    np.testing.assert_array_equal(
-        pixels.ybr_full_to_rgb(image), convert_color_space(image, "YBR_FULL", "RGB")
-    )
+    np.testing.assert_array_equal(pixels.ybr_full_to_rgb(image), convert_color_space(image, "YBR_FULL", "RGB"))
     for bad in (image.astype(np.uint16), image[..., :2], image[..., 0, 0]):
         with pytest.raises(DataError):
             pixels.ybr_full_to_rgb(bad)
@@ -591,20 +583,14 @@ def test_palette_of_real_files(name: str) -> None:
 def test_palette_test_cards(name: str) -> None:
     dataset = sample(f"colour-testcard-pm5644/{name}")
     indices = dataset.pixel_array
-    np.testing.assert_array_equal(
-        pixels.palette_to_rgb(indices, *palettes(dataset)), apply_color_lut(indices, dataset)
-    )
+    np.testing.assert_array_equal(pixels.palette_to_rgb(indices, *palettes(dataset)), apply_color_lut(indices, dataset))
 
 
-@pytest.mark.parametrize(
-    "name", ["hotiron", "pet", "hotmetalblue", "pet20step", "spring", "summer", "fall", "winter"]
-)
+@pytest.mark.parametrize("name", ["hotiron", "pet", "hotmetalblue", "pet20step", "spring", "summer", "fall", "winter"])
 def test_well_known_palettes(name: str) -> None:
     dataset = pydicom.dcmread(get_palette_files(f"{name}.dcm")[0])
     indices = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    np.testing.assert_array_equal(
-        pixels.palette_to_rgb(indices, *palettes(dataset)), apply_color_lut(indices, dataset)
-    )
+    np.testing.assert_array_equal(pixels.palette_to_rgb(indices, *palettes(dataset)), apply_color_lut(indices, dataset))
 
 
 def test_palette_of_signed_indices_clamps() -> None:
@@ -682,11 +668,7 @@ def test_reprs_tell_objects_apart() -> None:
     ]
     assert len({repr(step) for step in others}) == len(others)
     assert max(len(repr(step)) for step in others) < 120
-    assert (
-        repr(Window(40, 400))
-        == repr(Window(np.float64(40), "400", "linear "))
-        != repr(Window(40, 400, "SIGMOID"))
-    )
+    assert repr(Window(40, 400)) == repr(Window(np.float64(40), "400", "linear ")) != repr(Window(40, 400, "SIGMOID"))
 
 
 def test_threads_give_the_same_bits() -> None:

@@ -56,9 +56,7 @@ def slices(sample: SampleData) -> dict[str, list[Dataset]]:
 
 def nifti(kind: str) -> Any:
     root = importlib.util.find_spec("nilearn").submodule_search_locations[0]
-    return nibabel.load(
-        Path(root, "datasets", "data", f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz")
-    )
+    return nibabel.load(Path(root, "datasets", "data", f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"))
 
 
 def affine_lps(slices: list[Dataset]) -> np.ndarray:
@@ -215,9 +213,7 @@ def test_masks_lie_on_their_tissue(
     volume, mask = volume_and_mask(slices[patient], masks)
     assert mask.dtype == np.uint8
     assert set(np.unique(mask)) == {BACKGROUND, GREY_MATTER, WHITE_MATTER}
-    white, grey, background = (
-        volume[mask == tissue].mean() for tissue in (WHITE_MATTER, GREY_MATTER, BACKGROUND)
-    )
+    white, grey, background = (volume[mask == tissue].mean() for tissue in (WHITE_MATTER, GREY_MATTER, BACKGROUND))
     assert white > 1.1 * grey
     assert grey > 5 * background
     # Intensity falls off just outside the brain: a mask that were flipped or shifted would sit there.
@@ -310,9 +306,7 @@ def test_without_pydicom_data_the_larger_files_are_left_out(
 ) -> None:
     def only_own(name: str, download: bool = True) -> str | None:
         assert not download
-        return (
-            None if name in sample_data._PYDICOM_DATA_FILES else str(get_testdata_file(name, download=False))
-        )
+        return None if name in sample_data._PYDICOM_DATA_FILES else str(get_testdata_file(name, download=False))
 
     monkeypatch.setattr("pydicom.data.get_testdata_file", only_own)
     paths, new = sample_data._copy_assorted(tmp_path, lambda text: None)

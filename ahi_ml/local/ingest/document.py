@@ -152,7 +152,15 @@ def _read_into(
                 value = _from_element(element, vr, plural)
         except RecursionError:
             raise ValueError("sequences are nested too deeply") from None
-        except (ValueError, TypeError, KeyError, AttributeError, struct.error, LookupError, OverflowError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            struct.error,
+            LookupError,
+            OverflowError,
+        ) as error:
             if isinstance(error, ValueError) and "nested" in str(error):
                 raise
             levels.discarded.append(key)
@@ -210,9 +218,7 @@ def _shape(values: Sequence[Any], plural: bool) -> Any:
     return list(values) if plural or len(values) > 1 else values[0]
 
 
-def _from_bytes(
-    raw: bytes, vr: str, plural: bool, encodings: list[str], little_endian: bool, signed: bool
-) -> Any:
+def _from_bytes(raw: bytes, vr: str, plural: bool, encodings: list[str], little_endian: bool, signed: bool) -> Any:
     if vr in _NUMBERS:
         code = "h" if vr == "US or SS" and signed else _NUMBERS[vr]
         count = len(raw) // struct.calcsize(code)

@@ -103,7 +103,10 @@ def run_job(
                 group.instances.append(result)
             else:
                 failures.append(
-                    {"inputFile": key, "exception": {"exceptionType": "ValidationException", "message": result}}
+                    {
+                        "inputFile": key,
+                        "exception": {"exceptionType": "ValidationException", "message": result},
+                    }
                 )
     committed = [(group, _commit(catalog, store, group)) for group in groups.values()]
     _report(output, job, len(files), committed, failures)
@@ -177,9 +180,7 @@ def _parse(key: str, path: Path, store: Datastore, blobs: BlobStore) -> Instance
     return instance
 
 
-def _store_frames(
-    dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: BlobStore, instance: Instance
-) -> None:
+def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: BlobStore, instance: Instance) -> None:
     pixels = pixel_data.pixel_format(dataset)
     instance.stored_syntax = pixel_data.stored_syntax(uid, pixels, store.storage_format)
     content_type = SYNTAXES[instance.stored_syntax].content_type

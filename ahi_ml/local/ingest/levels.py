@@ -11,57 +11,158 @@ from typing import Final
 __all__ = ["GROUPING", "LEVEL_OF", "PATIENT", "SERIES", "STUDY", "STUDY_GROUPING"]
 
 PATIENT: Final = frozenset(
-    """
-    PatientName PatientID IssuerOfPatientID IssuerOfPatientIDQualifiersSequence TypeOfPatientID
-    PatientBirthDate PatientBirthTime PatientBirthDateInAlternativeCalendar
-    PatientDeathDateInAlternativeCalendar PatientAlternativeCalendar PatientSex
-    ReferencedPatientPhotoSequence QualityControlSubject ReferencedPatientSequence
-    OtherPatientIDsSequence OtherPatientNames EthnicGroup PatientComments PatientSpeciesDescription
-    PatientSpeciesCodeSequence PatientBreedDescription PatientBreedCodeSequence
-    BreedRegistrationSequence StrainDescription StrainNomenclature StrainCodeSequence
-    StrainAdditionalInformation StrainStockSequence GeneticModificationsSequence ResponsiblePerson
-    ResponsiblePersonRole ResponsibleOrganization PatientIdentityRemoved DeidentificationMethod
-    DeidentificationMethodCodeSequence SourcePatientGroupIdentificationSequence
-    GroupOfPatientsIdentificationSequence ClinicalTrialSponsorName ClinicalTrialProtocolID
-    ClinicalTrialProtocolName ClinicalTrialSiteID ClinicalTrialSiteName ClinicalTrialSubjectID
-    ClinicalTrialSubjectReadingID ClinicalTrialProtocolEthicsCommitteeName
-    ClinicalTrialProtocolEthicsCommitteeApprovalNumber
-    """.split()
+    [
+        "PatientName",
+        "PatientID",
+        "IssuerOfPatientID",
+        "IssuerOfPatientIDQualifiersSequence",
+        "TypeOfPatientID",
+        "PatientBirthDate",
+        "PatientBirthTime",
+        "PatientBirthDateInAlternativeCalendar",
+        "PatientDeathDateInAlternativeCalendar",
+        "PatientAlternativeCalendar",
+        "PatientSex",
+        "ReferencedPatientPhotoSequence",
+        "QualityControlSubject",
+        "ReferencedPatientSequence",
+        "OtherPatientIDsSequence",
+        "OtherPatientNames",
+        "EthnicGroup",
+        "PatientComments",
+        "PatientSpeciesDescription",
+        "PatientSpeciesCodeSequence",
+        "PatientBreedDescription",
+        "PatientBreedCodeSequence",
+        "BreedRegistrationSequence",
+        "StrainDescription",
+        "StrainNomenclature",
+        "StrainCodeSequence",
+        "StrainAdditionalInformation",
+        "StrainStockSequence",
+        "GeneticModificationsSequence",
+        "ResponsiblePerson",
+        "ResponsiblePersonRole",
+        "ResponsibleOrganization",
+        "PatientIdentityRemoved",
+        "DeidentificationMethod",
+        "DeidentificationMethodCodeSequence",
+        "SourcePatientGroupIdentificationSequence",
+        "GroupOfPatientsIdentificationSequence",
+        "ClinicalTrialSponsorName",
+        "ClinicalTrialProtocolID",
+        "ClinicalTrialProtocolName",
+        "ClinicalTrialSiteID",
+        "ClinicalTrialSiteName",
+        "ClinicalTrialSubjectID",
+        "ClinicalTrialSubjectReadingID",
+        "ClinicalTrialProtocolEthicsCommitteeName",
+        "ClinicalTrialProtocolEthicsCommitteeApprovalNumber",
+    ]
 )
 
 STUDY: Final = frozenset(
-    """
-    StudyInstanceUID StudyDate StudyTime ReferringPhysicianName ReferringPhysicianIdentificationSequence
-    ConsultingPhysicianName ConsultingPhysicianIdentificationSequence StudyID AccessionNumber
-    IssuerOfAccessionNumberSequence StudyDescription PhysiciansOfRecord
-    PhysiciansOfRecordIdentificationSequence NameOfPhysiciansReadingStudy
-    PhysiciansReadingStudyIdentificationSequence RequestingService RequestingServiceCodeSequence
-    ReferencedStudySequence ProcedureCodeSequence ReasonForPerformedProcedureCodeSequence
-    AdmittingDiagnosesDescription AdmittingDiagnosesCodeSequence PatientAge PatientSize PatientWeight
-    PatientBodyMassIndex MeasuredAPDimension MeasuredLateralDimension PatientSizeCodeSequence
-    MedicalAlerts Allergies SmokingStatus PregnancyStatus LastMenstrualDate PatientState Occupation
-    AdditionalPatientHistory AdmissionID IssuerOfAdmissionIDSequence ReasonForVisit
-    ReasonForVisitCodeSequence ServiceEpisodeID IssuerOfServiceEpisodeIDSequence
-    ServiceEpisodeDescription PatientSexNeutered ClinicalTrialTimePointID
-    ClinicalTrialTimePointDescription LongitudinalTemporalOffsetFromEvent LongitudinalTemporalEventType
-    ConsentForClinicalTrialUseSequence
-    """.split()
+    [
+        "StudyInstanceUID",
+        "StudyDate",
+        "StudyTime",
+        "ReferringPhysicianName",
+        "ReferringPhysicianIdentificationSequence",
+        "ConsultingPhysicianName",
+        "ConsultingPhysicianIdentificationSequence",
+        "StudyID",
+        "AccessionNumber",
+        "IssuerOfAccessionNumberSequence",
+        "StudyDescription",
+        "PhysiciansOfRecord",
+        "PhysiciansOfRecordIdentificationSequence",
+        "NameOfPhysiciansReadingStudy",
+        "PhysiciansReadingStudyIdentificationSequence",
+        "RequestingService",
+        "RequestingServiceCodeSequence",
+        "ReferencedStudySequence",
+        "ProcedureCodeSequence",
+        "ReasonForPerformedProcedureCodeSequence",
+        "AdmittingDiagnosesDescription",
+        "AdmittingDiagnosesCodeSequence",
+        "PatientAge",
+        "PatientSize",
+        "PatientWeight",
+        "PatientBodyMassIndex",
+        "MeasuredAPDimension",
+        "MeasuredLateralDimension",
+        "PatientSizeCodeSequence",
+        "MedicalAlerts",
+        "Allergies",
+        "SmokingStatus",
+        "PregnancyStatus",
+        "LastMenstrualDate",
+        "PatientState",
+        "Occupation",
+        "AdditionalPatientHistory",
+        "AdmissionID",
+        "IssuerOfAdmissionIDSequence",
+        "ReasonForVisit",
+        "ReasonForVisitCodeSequence",
+        "ServiceEpisodeID",
+        "IssuerOfServiceEpisodeIDSequence",
+        "ServiceEpisodeDescription",
+        "PatientSexNeutered",
+        "ClinicalTrialTimePointID",
+        "ClinicalTrialTimePointDescription",
+        "LongitudinalTemporalOffsetFromEvent",
+        "LongitudinalTemporalEventType",
+        "ConsentForClinicalTrialUseSequence",
+    ]
 )
 
 SERIES: Final = frozenset(
-    """
-    Modality SeriesInstanceUID SeriesNumber Laterality SeriesDate SeriesTime PerformingPhysicianName
-    PerformingPhysicianIdentificationSequence ProtocolName SeriesDescription
-    SeriesDescriptionCodeSequence OperatorsName OperatorIdentificationSequence
-    ReferencedPerformedProcedureStepSequence RelatedSeriesSequence BodyPartExamined PatientPosition
-    SmallestPixelValueInSeries LargestPixelValueInSeries RequestAttributesSequence
-    AnatomicalOrientationType TreatmentSessionUID ClinicalTrialCoordinatingCenterName
-    ClinicalTrialSeriesID ClinicalTrialSeriesDescription Manufacturer InstitutionName InstitutionAddress
-    StationName InstitutionalDepartmentName InstitutionalDepartmentTypeCodeSequence
-    ManufacturerModelName ManufacturerDeviceClassUID DeviceSerialNumber SoftwareVersions GantryID
-    UDISequence DeviceUID SpatialResolution DateOfLastCalibration TimeOfLastCalibration
-    PixelPaddingValue FrameOfReferenceUID PositionReferenceIndicator
-    """.split()
+    [
+        "Modality",
+        "SeriesInstanceUID",
+        "SeriesNumber",
+        "Laterality",
+        "SeriesDate",
+        "SeriesTime",
+        "PerformingPhysicianName",
+        "PerformingPhysicianIdentificationSequence",
+        "ProtocolName",
+        "SeriesDescription",
+        "SeriesDescriptionCodeSequence",
+        "OperatorsName",
+        "OperatorIdentificationSequence",
+        "ReferencedPerformedProcedureStepSequence",
+        "RelatedSeriesSequence",
+        "BodyPartExamined",
+        "PatientPosition",
+        "SmallestPixelValueInSeries",
+        "LargestPixelValueInSeries",
+        "RequestAttributesSequence",
+        "AnatomicalOrientationType",
+        "TreatmentSessionUID",
+        "ClinicalTrialCoordinatingCenterName",
+        "ClinicalTrialSeriesID",
+        "ClinicalTrialSeriesDescription",
+        "Manufacturer",
+        "InstitutionName",
+        "InstitutionAddress",
+        "StationName",
+        "InstitutionalDepartmentName",
+        "InstitutionalDepartmentTypeCodeSequence",
+        "ManufacturerModelName",
+        "ManufacturerDeviceClassUID",
+        "DeviceSerialNumber",
+        "SoftwareVersions",
+        "GantryID",
+        "UDISequence",
+        "DeviceUID",
+        "SpatialResolution",
+        "DateOfLastCalibration",
+        "TimeOfLastCalibration",
+        "PixelPaddingValue",
+        "FrameOfReferenceUID",
+        "PositionReferenceIndicator",
+    ]
 )
 
 LEVEL_OF: Final = {

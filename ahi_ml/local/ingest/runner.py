@@ -43,7 +43,11 @@ class JobRunner:
         """End the jobs that an earlier server did not: nothing of them is half visible."""
         for status in ("SUBMITTED", "IN_PROGRESS"):
             for job in self._catalog.jobs(status=status):
-                self._end(job, "FAILED", "DICOM import job has failed. The server stopped while it ran: start it again")
+                self._end(
+                    job,
+                    "FAILED",
+                    "DICOM import job has failed. The server stopped while it ran: start it again",
+                )
 
     def submit(self, store: Datastore, job: Job) -> None:
         """Queue a job that is saved as SUBMITTED."""

@@ -72,7 +72,8 @@ class Context:
         found = self.catalog.image_set(datastore_id, image_set_id)
         if found is None or (found.deleted is not None and not deleted):
             raise ServiceFault(
-                "ResourceNotFoundException", f"ImageSet with id {image_set_id} does not exist in this datastore"
+                "ResourceNotFoundException",
+                f"ImageSet with id {image_set_id} does not exist in this datastore",
             )
         return found
 

@@ -41,7 +41,12 @@ def search_image_sets(context: Context, params: Json) -> Json:
     found, token = context.page(
         params,
         lambda after, limit: context.catalog.search(
-            store.id, conditions, order=order, descending=sort["sortOrder"] == "DESC", after=after, limit=limit
+            store.id,
+            conditions,
+            order=order,
+            descending=sort["sortOrder"] == "DESC",
+            after=after,
+            limit=limit,
         ),
         lambda row: (getattr(row, order) or "", row.id),
         bound_to=["SearchImageSets", store.id, criteria],
@@ -141,7 +146,9 @@ def get_image_frame(context: Context, params: Json) -> Json:
     row = context.catalog.frame(params["datastoreId"], params["imageSetId"], frame_id)
     if row is None:
         context.image_set(params["datastoreId"], params["imageSetId"])  # says which of them is unknown
-        raise ServiceFault("ResourceNotFoundException", f"Image frame with id {frame_id} does not exist in this image set")
+        raise ServiceFault(
+            "ResourceNotFoundException", f"Image frame with id {frame_id} does not exist in this image set"
+        )
     return {"imageFrameBlob": context.blobs.read(row.blob), "contentType": row.content_type}
 
 

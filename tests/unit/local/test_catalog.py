@@ -218,9 +218,7 @@ class TestTransactions:
         assert seen == [[]]
 
 
-def find(
-    catalog: Catalog, *conditions: Any, order: str = "updated", down: bool = False, **page: Any
-) -> list[str]:
+def find(catalog: Catalog, *conditions: Any, order: str = "updated", down: bool = False, **page: Any) -> list[str]:
     page = {"after": None, "limit": 50, **page}
     found = catalog.search(STORE.id, conditions, order=order, descending=down, **page)
     return [each.id for each in found]

@@ -67,9 +67,7 @@ def raw_element(tag: int, vr: str, value: bytes) -> Dataset:
 def only(levels: Levels) -> Any:
     """The value of the only element that is not file meta."""
     merged = {**levels.patient, **levels.study, **levels.series, **levels.instance}
-    (value,) = (
-        value for key, value in merged.items() if not key.startswith(("FileMeta", "Transfer", "Impl"))
-    )
+    (value,) = (value for key, value in merged.items() if not key.startswith(("FileMeta", "Transfer", "Impl")))
     return value
 
 
@@ -95,8 +93,7 @@ def same(got: Any, element: DataElement, dataset: Dataset) -> bool:
         return listed == [f"{int(each):08X}" for each in values]
     if element.VR in NUMBERS:
         return all(
-            each == other or math.isclose(each, other, rel_tol=1e-6)
-            for each, other in zip(listed, values, strict=True)
+            each == other or math.isclose(each, other, rel_tol=1e-6) for each, other in zip(listed, values, strict=True)
         )
     if element.VR in ("DS", "IS"):
         pairs = [(each.strip(), str(other)) for each, other in zip(listed, values, strict=True)]
@@ -154,9 +151,7 @@ class TestAgainstPydicom:
         for keywords, level in ((PATIENT, "patient"), (STUDY, "study"), (SERIES, "series")):
             assert getattr(levels, level).keys() <= keywords
         assert not levels.instance.keys() & LEVEL_OF.keys()
-        assert levels.vrs.keys() == {
-            key_of(tag) for tag in shown_tags(dataset) if key_of(tag) == f"{tag:08X}"
-        }
+        assert levels.vrs.keys() == {key_of(tag) for tag in shown_tags(dataset) if key_of(tag) == f"{tag:08X}"}
 
     @pytest.mark.parametrize("name", names("test_files") + names("charset_files"))
     def test_converted_elements_read_the_same(self, pydicom_files: list[Path], name: str) -> None:
@@ -283,9 +278,7 @@ class TestNumbers:
         dataset.add_new("SmallestImagePixelValue", "SS", -1024)
         dataset.FrameIncrementPointer = 0x00181065
         dataset.DiffusionBValue = 0.25
-        dataset.RedPaletteColorLookupTableData = struct.pack(
-            "<2H" if syntax != ExplicitVRBigEndian else ">2H", 1, 513
-        )
+        dataset.RedPaletteColorLookupTableData = struct.pack("<2H" if syntax != ExplicitVRBigEndian else ">2H", 1, 513)
         dataset["RedPaletteColorLookupTableData"].VR = "OW"
         levels = read_levels(written(dataset, syntax))
         assert levels.instance["Rows"] == 515
@@ -303,9 +296,7 @@ class TestNumbers:
         dataset = Dataset()
         dataset.PixelRepresentation = signed
         dataset.RealWorldValueMappingSequence = Sequence([item])
-        (got,) = read_levels(written(dataset, ImplicitVRLittleEndian)).instance[
-            "RealWorldValueMappingSequence"
-        ]
+        (got,) = read_levels(written(dataset, ImplicitVRLittleEndian)).instance["RealWorldValueMappingSequence"]
         assert got == {"RealWorldValueFirstValueMapped": -3 if signed else 65_000}
 
 
@@ -348,9 +339,7 @@ class TestStructure:
         assert levels.instance["7FDD0010"] == "ACME PRIVATE 1.0"
         assert levels.vrs == {"60020010": "US", "7FDD0010": "LO", "7FDD1090": "UN"}
 
-    @pytest.mark.parametrize(
-        "keyword", [entry[4] for entry in datadict.DicomDictionary.values() if len(entry[4]) == 8]
-    )
+    @pytest.mark.parametrize("keyword", [entry[4] for entry in datadict.DicomDictionary.values() if len(entry[4]) == 8])
     def test_keywords_of_eight_letters_are_no_tags(self, keyword: str) -> None:
         tag = datadict.tag_for_keyword(keyword)
         assert tag is not None

@@ -239,9 +239,7 @@ def test_minimal_request_of_boto3_is_read_back(protocol: Protocol, client: Clien
     assert params == expected
 
 
-@pytest.mark.parametrize(
-    "member", ["DICOMAccessionNumber", "DICOMStudyId", "DICOMStudyInstanceUID", "isPrimary"]
-)
+@pytest.mark.parametrize("member", ["DICOMAccessionNumber", "DICOMStudyId", "DICOMStudyInstanceUID", "isPrimary"])
 def test_each_kind_of_filter_arrives(protocol: Protocol, client: Client, member: str) -> None:
     value = {"isPrimary": True, "DICOMStudyInstanceUID": "1.2.840"}.get(member, "x")
     criteria = {"filters": [{"operator": "EQUAL", "values": [{member: value}]}]}
@@ -249,9 +247,7 @@ def test_each_kind_of_filter_arrives(protocol: Protocol, client: Client, member:
     assert protocol.parse(sent).params["searchCriteria"] == criteria
 
 
-@pytest.mark.parametrize(
-    "encoded", [quote(IMAGE_SET_ARN, safe=""), quote(IMAGE_SET_ARN, safe="/"), IMAGE_SET_ARN]
-)
+@pytest.mark.parametrize("encoded", [quote(IMAGE_SET_ARN, safe=""), quote(IMAGE_SET_ARN, safe="/"), IMAGE_SET_ARN])
 def test_arn_in_path_in_any_encoding(protocol: Protocol, encoded: str) -> None:
     call = protocol.parse(HttpRequest("GET", f"/tags/{encoded}", "", {}, b""))
     assert (call.operation, call.params) == ("ListTagsForResource", {"resourceArn": IMAGE_SET_ARN})
@@ -333,9 +329,7 @@ PATTERN_32 = "Member must satisfy regular expression pattern: [0-9a-z]{32}"
 UNION = "Member must have exactly one member of the set"
 
 
-@pytest.mark.parametrize(
-    "bad", ["x", DS[:-1], DS + "0", DS.upper(), DS[:-1] + "%0A", DS[:-2] + "%C3%A9", "%FF" * 32]
-)
+@pytest.mark.parametrize("bad", ["x", DS[:-1], DS + "0", DS.upper(), DS[:-1] + "%0A", DS[:-2] + "%C3%A9", "%FF" * 32])
 def test_malformed_id(protocol: Protocol, bad: str) -> None:
     fault = refuse(protocol, HttpRequest("GET", f"/datastore/{bad}", "", {}, b""))
     assert fault.code == "ValidationException"
@@ -351,10 +345,7 @@ def test_malformed_id(protocol: Protocol, bad: str) -> None:
         ("51", "Member must have value less than or equal to 50"),
         ("0", "Member must have value greater than or equal to 1"),
         ("-1", "Member must have value greater than or equal to 1"),
-        *(
-            (text, "Member must be an integer")
-            for text in ("abc", "", "1.0", "1_0", "%201", "+1", "٣", "9" * 5000)
-        ),
+        *((text, "Member must be an integer") for text in ("abc", "", "1.0", "1_0", "%201", "+1", "٣", "9" * 5000)),
     ],
 )
 def test_max_results(protocol: Protocol, sent: str, constraint: str) -> None:
@@ -721,21 +712,17 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=40)
     | st.sampled_from([DS, "EQUAL", "YQ=="]),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | NAMES, inner, max_size=5)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | NAMES, inner, max_size=5),
     max_leaves=20,
 )
 SEGMENTS = st.sampled_from(
     ["datastore", DS, "imageSet", IS, "tags", "getImageFrame", "searchImageSets", ARN, "%", "%FF"]
 )
-PATHS = st.text(max_size=80) | st.lists(SEGMENTS | st.text(max_size=4), max_size=7).map(
-    lambda p: "/" + "/".join(p)
-)
+PATHS = st.text(max_size=80) | st.lists(SEGMENTS | st.text(max_size=4), max_size=7).map(lambda p: "/" + "/".join(p))
 REAL_PATHS = st.sampled_from([Client().request(name, FULL[name]) for name in OPERATIONS])
-QUERIES = st.text(max_size=60) | st.lists(
-    st.tuples(NAMES | st.just("version"), st.text(max_size=9)), max_size=5
-).map(lambda pairs: "&".join(f"{key}={value}" for key, value in pairs))
+QUERIES = st.text(max_size=60) | st.lists(st.tuples(NAMES | st.just("version"), st.text(max_size=9)), max_size=5).map(
+    lambda pairs: "&".join(f"{key}={value}" for key, value in pairs)
+)
 BODIES = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode())
 
 
@@ -758,9 +745,7 @@ def test_anything_is_parsed_or_refused(method: str, path: str, query: str, body:
 
 @given(REAL_PATHS, QUERIES, BODIES)
 @settings(max_examples=600, deadline=None)
-def test_anything_sent_to_a_real_path_is_parsed_or_refused(
-    real: HttpRequest, query: str, body: bytes
-) -> None:
+def test_anything_sent_to_a_real_path_is_parsed_or_refused(real: HttpRequest, query: str, body: bytes) -> None:
     parse_or_refuse(REFERENCE, HttpRequest(real.method, real.raw_path, query, {}, body))
     parse_or_refuse(REFERENCE, HttpRequest(real.method, real.raw_path, real.query, {}, body))
 

@@ -100,9 +100,7 @@ def test_requests_of_boto3_pass(operation: str, params: dict[str, Any]) -> None:
     assert verifier().verify(Client().request(operation, params[operation])) == KEY
 
 
-@pytest.mark.parametrize(
-    "path", [quote(IMAGE_SET_ARN, safe=""), quote(IMAGE_SET_ARN, safe="/"), IMAGE_SET_ARN]
-)
+@pytest.mark.parametrize("path", [quote(IMAGE_SET_ARN, safe=""), quote(IMAGE_SET_ARN, safe="/"), IMAGE_SET_ARN])
 def test_arn_in_path_in_any_encoding(path: str) -> None:
     assert verifier().verify(sign("GET", f"/tags/{path}")) == KEY
 
@@ -261,9 +259,7 @@ def refuse_or_same(request: HttpRequest, good: str) -> None:
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_odd_text_is_refused(path: str, query: str, value: str) -> None:
-    odd = replace(
-        with_headers(SAMPLE, host=value + "\ud800"), raw_path="/\ud800" + path, query="\udfff" + query
-    )
+    odd = replace(with_headers(SAMPLE, host=value + "\ud800"), raw_path="/\ud800" + path, query="\udfff" + query)
     refuse(odd)
 
 
@@ -327,9 +323,7 @@ def test_scope(scope: tuple[str, str], text: str) -> None:
 
 def test_date_and_end_of_scope() -> None:
     good = SAMPLE.headers["authorization"]
-    moved = with_headers(
-        SAMPLE, authorization=good.replace(f"/{SAMPLE.headers['x-amz-date'][:8]}/", "/20200101/")
-    )
+    moved = with_headers(SAMPLE, authorization=good.replace(f"/{SAMPLE.headers['x-amz-date'][:8]}/", "/20200101/"))
     assert "Date in Credential scope" in refuse(moved).text
     ended = with_headers(SAMPLE, authorization=good.replace("aws4_request", "aws4_response"))
     assert "terminator" in refuse(ended).text

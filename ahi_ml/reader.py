@@ -66,9 +66,9 @@ class ReadOptions:
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""
-        if self.dtype is not None:
-            return np.dtype(self.dtype)
-        return np.dtype(profile.pixels.dtype) if self.output == "stored" else np.dtype(np.float32)
+        chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
+        dtype: np.dtype[Any] = np.dtype(chosen)
+        return dtype
 
 
 @dataclass(slots=True)

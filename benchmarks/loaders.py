@@ -8,6 +8,7 @@ already.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import ahi_ml
 from ahi_ml.codec import crc32
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are meant: they wait
 
 __all__ = ["Asked", "Epochs", "frame_loader", "plain_loader", "torch_loader"]
 

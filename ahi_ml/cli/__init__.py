@@ -97,7 +97,8 @@ def demo(
         lines = ["", "ahi-ml demo", *(f"  data: {line}" for line in report.provenance)]
         lines += [
             f"  imported: {report.imported_files} files, {report.failed_files} refused with a reason",
-            f"  index: {report.frames:,} frames, {report.series} series, {report.patients} patients, snapshot {report.snapshot_id[:12]}",
+            f"  index: {report.frames:,} frames, {report.series} series, {report.patients} patients, "
+            f"snapshot {report.snapshot_id[:12]}",
             f"  split by patient: {report.split_frames} frames, {report.split_patients} patients",
             f"  speed: {report.cold_frames_per_s:,.0f} frames/s cold, {report.warm_frames_per_s:,.0f} warm; "
             f"{report.verified_frames:,} frames verified, {report.unverified_frames} without a checksum",

@@ -202,7 +202,8 @@ def _split(index: DatasetIndex, report: DemoReport, say: Callable[[str], None]) 
     report.split_patients = {name: len(found) for name, found in keys.items()}
     shared = set.intersection(*keys.values()) if len(keys) == len(parts) else set()
     say(
-        f"split by {by}, seed {seed}: {report.split_frames} frames, {report.split_patients} patients, {len(shared)} in both"
+        f"split by {by}, seed {seed}: {report.split_frames} frames, {report.split_patients} patients, "
+        f"{len(shared)} in both"
     )
     return parts
 
@@ -309,5 +310,6 @@ def _features(
     report.feature_rows, report.feature_errors = len(table), int(table["error"].notna().sum())
     report.outputs["features"] = str(path)
     say(
-        f"features: {report.feature_rows} series, {report.feature_errors} that are no volume (their reasons are in the table)"
+        f"features: {report.feature_rows} series, {report.feature_errors} that are no volume "
+        "(their reasons are in the table)"
     )

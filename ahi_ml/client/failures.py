@@ -95,7 +95,8 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         ) from error
     except (botocore_errors.NoCredentialsError, botocore_errors.CredentialRetrievalError) as error:
         raise AccessDeniedError(
-            f"{operation}: no usable AWS credentials: {error}. Set AWS_PROFILE, or work on a folder: connect('my-store')",
+            f"{operation}: no usable AWS credentials: {error}. Set AWS_PROFILE, or work on a folder: "
+            "connect('my-store')",
             operation=operation,
         ) from error
     except (botocore_errors.NoRegionError, botocore_errors.ProfileNotFound) as error:
@@ -109,7 +110,8 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
     ) as error:
         place = f" for {where}" if where else ""
         raise ConnectionFailedError(
-            f"{operation}{place}: no usable answer ({type(error).__name__}): {error}. Check the network and the endpoint",
+            f"{operation}{place}: no usable answer ({type(error).__name__}): {error}. Check the network and "
+            "the endpoint",
             operation=operation,
             retryable=True,
         ) from error

@@ -26,6 +26,7 @@ _COD = 0xFF52
 _SOT = 0xFF90
 _SMALLEST_SIDE = 64  # PS3.5 A.4.4: the base resolution has a side of 64 samples or fewer
 _MOST_LEVELS = 8
+_MOST_TILES = 65_535  # T.800 A.4.2: their numbers have 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,21 @@ def _codestream_offset(data: memoryview) -> int:
     raise DecodeError("a JP2 file without a codestream box")
 
 
+def _check_size(segment: memoryview, components: int) -> None:
+    """Refuse image and tile sizes that cannot be (T.800 B.2, B.3): OpenJPH divides by them or loops over them."""
+    length, x1, y1, x0, y0, width, height, left, top = struct.unpack_from(">H2xIIIIIIII", segment)
+    if length != 38 + 3 * components or not components:
+        raise DecodeError(f"a JPEG 2000 image of {components} components in a size segment (SIZ) of {length} bytes")
+    tiled = left <= x0 < left + width and top <= y0 < top + height
+    if not (x0 < x1 and y0 < y1 and tiled) or -(-(x1 - left) // width) * -(-(y1 - top) // height) > _MOST_TILES:
+        raise DecodeError(
+            f"a JPEG 2000 image from ({x0}, {y0}) to ({x1}, {y1}) in tiles of {width}x{height} from ({left}, {top})"
+        )
+    samples = {struct.unpack_from(">BH", segment, 38 + 3 * number) for number in range(components)}
+    if len(samples) > 1 or samples.pop()[1] != 0x0101:
+        raise DecodeError("JPEG 2000 components of different depth or size, which DICOM does not know")
+
+
 def inspect(data: Buffer) -> StreamInfo:
     """Read the main header of a raw or JP2-boxed codestream. I/O: none.
 
@@ -101,13 +117,15 @@ def inspect(data: Buffer) -> StreamInfo:
     Raises
     ------
     DecodeError
-        The bytes are no JPEG 2000 stream, or end inside its main header.
+        The bytes are no JPEG 2000 stream, end inside its main header, or describe an image that
+        cannot be, or that DICOM does not know.
     """
     view = memoryview(data)
     offset = _codestream_offset(view)
     try:
-        (x1, y1, x0, y0) = struct.unpack_from(">IIII", view, offset + 8)
+        x1, y1, x0, y0 = struct.unpack_from(">IIII", view, offset + 8)
         components, depth = struct.unpack_from(">HB", view, offset + 40)
+        _check_size(view[offset + 4 :], components)
         at = offset + 4 + struct.unpack_from(">H", view, offset + 4)[0]
         while True:
             marker, length = struct.unpack_from(">HH", view, at)

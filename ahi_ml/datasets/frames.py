@@ -228,7 +228,8 @@ class FrameDataset(Dataset[Item]):
             self._skipped += 1
             if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(rows))):
                 raise DataError(
-                    f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: the last is row {row}: {error}"
+                    f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: "
+                    f"the last is row {row}: {error}"
                 ) from error
             other = self.submit([(row + step) % len(self)])
             outcome = other.batch.outcomes()[0]

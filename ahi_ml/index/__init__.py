@@ -271,7 +271,7 @@ class DatasetIndex:
             (tables.frames, lambda: rows),
         ):
             if name in table.column_names and name not in _REFERENCES:
-                return _chunk(table[name]).take(pa.array(numbers()))
+                return _chunk(table[name]).take(pa.array(numbers()))  # type: ignore[no-untyped-call]
         raise expression.unknown_column(name, self.columns)
 
     @property
@@ -299,7 +299,8 @@ class DatasetIndex:
         import pandas as pd
 
         table = pa.table({name: self._column(name) for name in self.columns})
-        return table.to_pandas(types_mapper=pd.ArrowDtype)
+        frame: pd.DataFrame = table.to_pandas(types_mapper=pd.ArrowDtype)
+        return frame
 
     @property
     def series(self) -> pd.DataFrame:
@@ -325,7 +326,8 @@ class DatasetIndex:
             pa.array(np.searchsorted(instances, used, "right") - np.searchsorted(instances, used)),
         )
         table = table.append_column("frames", pa.array(counts))
-        return table.to_pandas(types_mapper=pd.ArrowDtype).set_index("series_instance_uid")
+        frame: pd.DataFrame = table.to_pandas(types_mapper=pd.ArrowDtype)
+        return frame.set_index("series_instance_uid")
 
     # Reading
 

@@ -117,8 +117,8 @@ def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
             )
         case ast.Compare(left=left, ops=signs, comparators=others):
             result, before = None, left
-            for sign, other in zip(signs, others, strict=True):
-                outcome = _compare(before, sign, other, columns)
+            for comparison, other in zip(signs, others, strict=True):
+                outcome = _compare(before, comparison, other, columns)
                 result = outcome if result is None else pc.and_(result, outcome)
                 before = other
             return result

@@ -71,9 +71,9 @@ class Tables:
         schema = batch.schema.with_metadata(metadata)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    writer.write_batch(batch.replace_schema_metadata(metadata))
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(batch.replace_schema_metadata(metadata))
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ class FrameRow:
 
 
 def _image_set(row: Sequence[Any]) -> ImageSet:
-    return ImageSet(*row[:2], bool(row[2]), *row[3:16], tags=json.loads(row[16]))
+    fields = dict(zip(ImageSet.__dataclass_fields__, row, strict=True))
+    return ImageSet(**{**fields, "is_primary": bool(row[2]), "tags": json.loads(row[16])})
 
 
 def _version(row: Sequence[Any]) -> Version:
@@ -225,8 +226,7 @@ class Catalog:
         """Insert or replace a data store."""
         self._do(
             "INSERT OR REPLACE INTO datastores VALUES(?,?,?,?,?,?,?,?,?)",
-            (store.id, store.name, store.status, store.storage_format, store.created, store.updated)
-            + (store.client_token, store.kms_key_arn, store.authorizer_arn),
+            astuple(store),
         )
 
     def datastore(self, datastore_id: str) -> Datastore | None:
@@ -256,8 +256,7 @@ class Catalog:
         """Insert or replace a job."""
         self._do(
             "INSERT OR REPLACE INTO jobs VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
-            (job.id, job.datastore_id, job.name, job.status, job.role_arn, job.input_uri, job.output_uri)
-            + (job.submitted, job.ended, job.message, job.client_token, job.configuration),
+            astuple(job),
         )
 
     def update_job(self, job: Job, **changes: Any) -> Job:
@@ -298,10 +297,7 @@ class Catalog:
         """Insert or replace an image set's latest state."""
         self._do(
             "INSERT OR REPLACE INTO image_sets VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (found.id, found.datastore_id, found.is_primary, found.version, found.created, found.updated)
-            + (found.accessed, found.deleted, found.patient_id, found.accession_number, found.study_id)
-            + (found.study_uid, found.series_uid, found.study_moment, found.study_key, found.series_key)
-            + (json.dumps(found.tags),),
+            (*astuple(found)[:-1], json.dumps(found.tags)),
         )
 
     def image_set(self, datastore_id: str, image_set_id: str) -> ImageSet | None:
@@ -375,8 +371,7 @@ class Catalog:
         """Insert or replace a version."""
         self._do(
             "INSERT OR REPLACE INTO versions VALUES(?,?,?,?,?,?,?,?)",
-            (version.image_set_id, version.version, version.state, version.workflow, version.updated)
-            + (version.message, version.forced, version.is_primary),
+            astuple(version),
         )
 
     def version(self, image_set_id: str, version: int) -> Version | None:

@@ -82,6 +82,10 @@ class Levels:
         return value.strip() or None if isinstance(value, str) else value
 
 
+class _TooDeepError(ValueError):
+    """Sequences are nested too deeply."""
+
+
 @lru_cache(maxsize=8192)
 def _entry(tag: int) -> tuple[str, str, bool]:
     """Key, dictionary VR and whether values come as a list, for a tag."""
@@ -132,16 +136,16 @@ def _read_into(
     depth: int = 0,
 ) -> None:
     if depth > _MOST_DEPTH:
-        raise ValueError(f"sequences are nested deeper than {_MOST_DEPTH} levels")
+        raise _TooDeepError(f"sequences are nested deeper than {_MOST_DEPTH} levels")
     encodings = _encodings(dataset, encodings)
     for tag in sorted(dataset.keys()):
         if tag in _SKIPPED or (tag.element == 0 and tag.group != 0):
             continue
         key, dictionary_vr, plural = _entry(int(tag))
         try:
-            element = dataset.get_item(tag)
+            element: Any = dataset.get_item(tag)
             vr = _vr(dataset, tag, element, dictionary_vr)
-            value: Any
+            value: Any = None
             if vr == "SQ":
                 items = dataset[tag].value
                 value = [_item(item, levels, encodings, signed, depth) for item in items or []] or None
@@ -151,7 +155,9 @@ def _read_into(
             else:
                 value = _from_element(element, vr, plural)
         except RecursionError:
-            raise ValueError("sequences are nested too deeply") from None
+            raise _TooDeepError("sequences are nested too deeply") from None
+        except _TooDeepError:
+            raise
         except (
             ValueError,
             TypeError,
@@ -160,9 +166,8 @@ def _read_into(
             struct.error,
             LookupError,
             OverflowError,
-        ) as error:
-            if isinstance(error, ValueError) and "nested" in str(error):
-                raise
+            NotImplementedError,  # pydicom's for a VR that is none, a stray delimiter's for one
+        ):
             levels.discarded.append(key)
             continue
         if value is None and vr == "UN":

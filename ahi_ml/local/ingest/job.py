@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import time
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any
 
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
 
-from ahi_ml.codec.syntaxes import SYNTAXES, describe
+from ahi_ml.codec.syntaxes import SYNTAXES
 from ahi_ml.errors import LocalStoreError
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, FrameRow, ImageSet, Job, Version
@@ -92,7 +94,7 @@ def run_job(
     groups: dict[str, Group] = {}
     failures: list[Json] = []
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, "ahi-ml-import") as pool:
-        parsed = pool.map(lambda file: _parse_or_explain(*file, store, blobs), files)
+        parsed = pool.map(lambda file: _parse_or_explain(file[0], file[1], store, blobs), files)
         for (key, _), result in zip(files, parsed, strict=True):
             if isinstance(result, Instance):
                 study_key, series_key = grouping_keys(result.levels)
@@ -144,7 +146,18 @@ def _parse_or_explain(key: str, path: Path, store: Datastore, blobs: BlobStore) 
         # Hostile files reach every corner of the parser; whatever it raises, the file is at fault
         # and the job goes on. Values stay out of the text: they may identify a patient.
         _LOG.debug("a file could not be parsed", exc_info=True)
-        return f"DICOM attributes cannot be read ({type(error).__name__})"
+        return f"DICOM attributes cannot be read: {_why(error)}"
+
+
+def _why(error: Exception) -> str:
+    """What a parser's error means, without its own text: that may quote a value."""
+    if isinstance(error, RecursionError):
+        return "sequences are nested too deeply"
+    if isinstance(error, zlib.error):
+        return "the deflated data set is damaged"
+    if isinstance(error, EOFError):
+        return "the file ends inside one of them"
+    return "the file is damaged, or its transfer syntax is another than it says"
 
 
 def _parse(key: str, path: Path, store: Datastore, blobs: BlobStore) -> Instance:
@@ -158,10 +171,14 @@ def _parse(key: str, path: Path, store: Datastore, blobs: BlobStore) -> Instance
     if not uid:
         raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
-        raise _FileFailure(f"transfer syntax {describe(uid[:64])} is not supported")
+        name = UID(uid[:64], validation_mode=IGNORE).name  # the UID itself when nobody knows it
+        raise _FileFailure(f"transfer syntax {uid[:64]!r} ({'unknown' if name == uid[:64] else name}) is not supported")
     if not len(dataset):
-        raise _FileFailure("DICOM attributes does not exist")
-    levels = read_levels(dataset)
+        raise _FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
+    try:
+        levels = read_levels(dataset)
+    except ValueError as error:  # its text names no value
+        raise _FileFailure(f"DICOM attributes cannot be read: {error}") from error
     for keyword in _REQUIRED:
         if not isinstance(levels.get(keyword), str):
             raise _FileFailure(f"DICOM attribute {keyword} does not exist")

@@ -1,0 +1,111 @@
+"""A warm epoch: every frame from the cache of encoded frames on disk, through `FrameLoader`.
+
+The baseline decodes the same frames from memory with OpenJPH on as many threads, straight into a
+batch used over and over, and does nothing else; for float32 it converts as well.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import ahi_ml
+from ahi_ml.cache import FrameCache
+from benchmarks import floors
+from benchmarks.data import Prepared, prepared_store
+from benchmarks.runner import Measurement, Ratio, fresh_process, result, take_turns
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Size:
+    frames: int
+    rounds: int
+    batch_size: int
+    repeat: int
+
+
+_SIZES = {"toy": _Size(16, 2, 4, 1), "small": _Size(164, 7, 32, 3), "full": _Size(512, 9, 32, 3)}
+_OUTPUTS = ("modality", "stored")
+
+
+def run(size: str = "small") -> dict[str, Any]:
+    """Measure; see the module."""
+    asked = _SIZES[size]
+    with prepared_store(asked.frames) as prepared:
+        seconds, threads = fresh_process(_take_turns, prepared, asked)
+    done = prepared.frames * asked.repeat
+    speeds = {name: Measurement(name, "frames/s", [done / each for each in took]) for name, took in seconds.items()}
+    ratios = [
+        Ratio("float32: FrameLoader / decode and convert", _over(speeds, "float32", "decode and convert"), at_least=0.93),
+        Ratio("stored: FrameLoader / decode", _over(speeds, "stored", "decode"), at_least=0.93),
+        Ratio("stored: FrameLoader / decode and CRC", _over(speeds, "stored", "decode and CRC")),
+    ]
+    parameters = {
+        "frames": prepared.frames,
+        "source": prepared.source,
+        "batch_size": asked.batch_size,
+        "rounds": asked.rounds,
+        "epochs_a_round": asked.repeat,
+        "threads": threads,
+    }
+    return result("warm_epoch", size, parameters, list(speeds.values()), ratios)
+
+
+def _over(speeds: dict[str, Measurement], output: str, baseline: str) -> float:
+    return speeds[f"{output}: FrameLoader"].p50 / speeds[f"{output}: {baseline}"].p50
+
+
+def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[float]], int]:
+    from ahi_ml.config import decode_threads
+
+    threads = decode_threads()
+    index = ahi_ml.DatasetIndex.load(prepared.index)
+    cache = FrameCache(prepared.folder.parent / "cache")
+    with ahi_ml.connect(prepared.folder, cache=cache.folder) as store:
+        loaders = {
+            output: ahi_ml.FrameLoader(ahi_ml.FrameDataset(store, index, output=output, cache=cache), asked.batch_size)
+            for output in _OUTPUTS
+        }
+        sources = index.sources()
+        for loader in loaders.values():  # the first fills the cache; both make their buffers
+            _epoch(loader)
+        bodies = [bytes(_entry(cache, store, source.frame_id)) for source in sources] * asked.repeat
+        shape = sources[0].profile.pixels.shape
+        floating = np.zeros((asked.batch_size, *shape), np.float32)
+        stored = np.zeros((asked.batch_size, *shape), np.int16)
+        intercept = sources[0].profile.modality.intercept
+        works = {
+            "float32: FrameLoader": partial(_epochs, loaders["modality"], asked.repeat),
+            "float32: decode and convert": partial(floors.decode_all, bodies, floating, intercept, threads),
+            "stored: FrameLoader": partial(_epochs, loaders["stored"], asked.repeat),
+            "stored: decode": partial(floors.decode_all, bodies, stored, None, threads),
+            "stored: decode and CRC": partial(floors.decode_all, bodies, stored, None, threads, verify=True),
+        }
+        outcomes = take_turns(works, asked.rounds)
+        if store.reader.stats()["fetched"] > len(sources):
+            raise RuntimeError("a warm epoch went to the network")
+    return outcomes, threads
+
+
+def _entry(cache: FrameCache, store: ahi_ml.DataStore, frame_id: str) -> memoryview:
+    entry = cache.get(store.datastore_id, frame_id)
+    if entry is None:
+        raise RuntimeError(f"frame {frame_id} is not in the cache after an epoch")
+    return entry.data
+
+
+def _epoch(loader: ahi_ml.FrameLoader) -> int:
+    return sum(len(batch["image"]) for batch in loader)
+
+
+def _epochs(loader: ahi_ml.FrameLoader, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        _epoch(loader)
+    return time.perf_counter() - start

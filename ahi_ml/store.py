@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.client import AccessKeys, Boto3Transport, Service, make_client, translated
+from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, translated
 from ahi_ml.config import cache_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
@@ -114,8 +114,8 @@ class DataStore:
     def _open_service(self) -> _Session:
         target = self._target
         assert target.datastore_id is not None
-        client = make_client(target.service)
-        return self._session(client, target.datastore_id, ImportPlaces(), {})
+        connection = make_connection(target.service)
+        return self._session(connection, target.datastore_id, ImportPlaces(), {})
 
     def _open_folder(self) -> _Session:
         from ahi_ml.local import process
@@ -130,19 +130,22 @@ class DataStore:
             endpoint_url=endpoint.url,
             keys=AccessKeys(keys.access_key_id, keys.secret_access_key),
         )
-        client = make_client(service)
+        connection = make_connection(service)
         places = ImportPlaces(
             role_arn=f"arn:aws:iam::{endpoint.account}:role/embedded-store",
             output_uri="s3://import-reports/",
             machine_bucket=MACHINE_BUCKET,
             buckets=target.folder / "s3",
         )
-        datastore_id = _named_datastore(client, target.name, create=self._create)
-        session = self._session(client, datastore_id, places, process.environment(endpoint, keys))
+        datastore_id = _named_datastore(connection.client, target.name, create=self._create)
+        session = self._session(connection, datastore_id, places, process.environment(endpoint, keys))
         return replace(session, lease=lease)
 
-    def _session(self, client: Any, datastore_id: str, places: ImportPlaces, environment: dict[str, str]) -> _Session:
-        reader = Reader(Boto3Transport(client, datastore_id), datastore_id)
+    def _session(
+        self, connection: Connection, datastore_id: str, places: ImportPlaces, environment: dict[str, str]
+    ) -> _Session:
+        client = connection.client
+        reader = Reader(BestTransport(connection, datastore_id), datastore_id)
         return _Session(client, datastore_id, client.meta.endpoint_url, reader, places, environment)
 
     @property

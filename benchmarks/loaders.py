@@ -41,7 +41,8 @@ class Asked:
     batch_size : int
         Frames a batch.
     repeat : int
-        How often to go over the second epoch, for a measurable time.
+        How often to go over the second epoch, for a measurable time. 0 takes the first for the second:
+        a slow loader without workers has next to no start-up to tell apart.
     """
 
     folder: Path
@@ -162,6 +163,8 @@ class PlainDataset(Dataset[dict[str, Any]]):
 
 
 def _measure(make: Callable[[], Any], repeat: int) -> Epochs:
+    family = [psutil.Process()]
+    cpu = _cpu_s(family)
     start = time.perf_counter()
     loader = make()
     frames, first_batch, checksum = 0, 0.0, 0
@@ -171,7 +174,10 @@ def _measure(make: Callable[[], Any], repeat: int) -> Epochs:
             checksum = crc32(batch["image"][0].numpy())
         frames += len(batch["image"])
     first = time.perf_counter() - start
-    family = _family()
+    if not repeat:
+        return Epochs(first_batch, first, first, frames, (_cpu_s(family) - cpu) / frames * 1e3, checksum)
+    # The store's server is not among them: it is somebody else's child.
+    family += family[0].children(recursive=True)
     cpu = _cpu_s(family)
     start = time.perf_counter()
     for _ in range(repeat):
@@ -180,12 +186,6 @@ def _measure(make: Callable[[], Any], repeat: int) -> Epochs:
             raise RuntimeError(f"an epoch of {frames} frames and one of {seen}")
     second = (time.perf_counter() - start) / repeat
     return Epochs(first_batch, first, second, frames, (_cpu_s(family) - cpu) / (frames * repeat) * 1e3, checksum)
-
-
-def _family() -> list[psutil.Process]:
-    """This process and its workers. The store's server is not among them: it is somebody else's child."""
-    process = psutil.Process()
-    return [process, *process.children(recursive=True)]
 
 
 def _cpu_s(family: list[psutil.Process]) -> float:

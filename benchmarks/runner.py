@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure ahi_ml beside its baselines.")
     parser.add_argument("name", nargs="?", choices=BENCHMARKS, help="which one; without it they are listed")
     parser.add_argument("--size", choices=SIZES, default="small", help="how much data (default: small)")
+    parser.add_argument("--rounds", type=int, help="how often everything is repeated (default: by size)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--date", help="date to write down (default: today, UTC)")
     asked = parser.parse_args(arguments)
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         width = max(map(len, BENCHMARKS))
         print("\n".join(f"{name:{width}}  {text}" for name, text in BENCHMARKS.items()))
         return 0
-    outcome = record(importlib.import_module(f"benchmarks.{asked.name}").run(asked.size), asked.date)
+    outcome = record(importlib.import_module(f"benchmarks.{asked.name}").run(asked.size, asked.rounds), asked.date)
     _say("")
     print(table(outcome))
     print(

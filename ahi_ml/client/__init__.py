@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ahi_ml.client.failures import service_error, translated
-from ahi_ml.client.sessions import AccessKeys, Service, make_client
-from ahi_ml.client.transport import Boto3Transport, FrameTransport
+from ahi_ml.client.sessions import AccessKeys, Connection, Service, make_connection
+from ahi_ml.client.transport import BestTransport, Boto3Transport, FrameTransport
 
 __all__ = [
     "AccessKeys",
+    "BestTransport",
     "Boto3Transport",
+    "Connection",
     "FrameTransport",
     "Service",
-    "make_client",
+    "make_connection",
     "service_error",
     "translated",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 from ahi_ml._version import __version__
 from ahi_ml.client.failures import translated
 
-__all__ = ["AccessKeys", "Service", "make_client"]
+__all__ = ["AccessKeys", "Connection", "Service", "make_connection"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,39 @@ class Service:
     keys: AccessKeys | None = None
 
 
-def make_client(service: Service, *, connections: int = 64) -> Any:
-    """A ``medical-imaging`` client. I/O: boto3's configuration files; no request.
+@dataclass(eq=False)
+class Connection:
+    """A boto3 client, and what else talks to the service the way it does.
+
+    Parameters
+    ----------
+    client : boto3 client
+        For ``medical-imaging``.
+    session : botocore session
+        It was made with: credentials and configuration come from it.
+    hooked : bool
+        Whether somebody has registered event handlers on the client: requests must pass them.
+    """
+
+    client: Any
+    session: Any
+    hooked: bool = False
+
+    def __post_init__(self) -> None:
+        events = self.client.meta.events
+        for name in ("register", "register_first", "register_last"):
+            setattr(events, name, self._noticing(getattr(events, name)))
+
+    def _noticing(self, register: Callable[..., Any]) -> Callable[..., Any]:
+        def registered(*arguments: Any, **options: Any) -> Any:
+            self.hooked = True
+            return register(*arguments, **options)
+
+        return registered
+
+
+def make_connection(service: Service, *, connections: int = 64) -> Connection:
+    """A ``medical-imaging`` client with its session. I/O: boto3's configuration files; no request.
 
     Parameters
     ----------
@@ -59,6 +91,7 @@ def make_client(service: Service, *, connections: int = 64) -> Any:
         No region, or no such profile.
     """
     import boto3
+    import botocore.session
     from botocore.config import Config
 
     options: dict[str, Any] = {}
@@ -77,14 +110,15 @@ def make_client(service: Service, *, connections: int = 64) -> Any:
     )
     keys = service.keys
     with translated("connect"):
-        session = boto3.session.Session(profile_name=service.profile, region_name=service.region)
-        return session.client(
-            "medical-imaging",
-            endpoint_url=service.endpoint_url,
+        session = botocore.session.Session(profile=service.profile)
+        boto3_session = boto3.session.Session(
+            botocore_session=session,
             aws_access_key_id=keys.access_key_id if keys else None,
             aws_secret_access_key=keys.secret_access_key if keys else None,
-            config=config,
+            region_name=service.region,
         )
+        client = boto3_session.client("medical-imaging", endpoint_url=service.endpoint_url, config=config)
+    return Connection(client, session)
 
 
 def _is_local(url: str) -> bool:

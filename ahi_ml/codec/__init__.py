@@ -141,7 +141,11 @@ def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | No
     if image.shape != pixels.shape:
         image = _match_shape(image, pixels, syntax)
     if image.dtype != pixels.dtype:
-        image = image.astype(pixels.dtype)
+        decoded, image = image, image.astype(pixels.dtype)
+        if decoded.itemsize > image.itemsize and not np.array_equal(decoded, image):
+            raise DecodeError(
+                f"{describe(syntax)}: the frame has values of {decoded.dtype} that {pixels.dtype} cannot hold"
+            )
     if out is None or image is out:
         return image
     np.copyto(out, image)
@@ -165,6 +169,8 @@ def _match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
 
 def _extend_sign(image: AnyArray, bits: int, pixels: PixelFormat) -> AnyArray:
     """Reinterpret the low `bits` of each sample with the sign that `pixels` asks for."""
+    if image.itemsize > pixels.dtype.itemsize:
+        return image  # wider than the metadata says: `decode` looks whether its values fit all the same
     image = image.astype(pixels.dtype, copy=not image.flags.writeable)
     shift = 8 * image.dtype.itemsize - bits
     if shift > 0:

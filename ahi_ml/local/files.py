@@ -105,7 +105,7 @@ class StoreFolder:
         folder = cls(Path(os.path.realpath(path.expanduser())))
         try:
             # Another opener may be making the keys right now.
-            names = [name for name in os.listdir(folder.root) if not name.strip(".").startswith("keys.json.")]
+            names = [name for name in os.listdir(folder.root) if not name.lstrip(".").startswith("keys.json.")]
         except FileNotFoundError:
             if not create:
                 raise ConfigError(

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from ahi_ml.errors import ConfigError
 from ahi_ml.local.files import StoreFolder, hostname
 from ahi_ml.local.process import Lease, attach, environment
+from ahi_ml.local.serve import _LINGER_S
 
 _PATIENCE_S = 30.0  # for a busy machine; what is waited for takes at most a few seconds
 
@@ -147,6 +148,13 @@ def wait_for_end(folder: Path, pid: int) -> None:
         pass
 
 
+def end(lease: Lease, folder: Path) -> None:
+    """End a server at once, in order."""
+    lease.close()
+    os.kill(lease.endpoint.pid, signal.SIGTERM)
+    wait_for_end(folder, lease.endpoint.pid)
+
+
 def server_processes(folder: Path) -> list[int]:
     """Processes that serve `folder`, found without its files."""
     found = []
@@ -234,10 +242,12 @@ class TestStart:
         shown += " ".join(psutil.Process(held.endpoint.pid).cmdline())
         assert not any(secret in shown for secret in secrets)
 
-    def test_a_lease_needs_the_token(self, held: Lease) -> None:
-        from ahi_ml.local.process import _take_lease
-
-        assert _take_lease(replace(held.endpoint, token="0" * 32), None) is None
+    @pytest.mark.parametrize("hello", [b'{"proof": "00"}', b"[]", b"GET / HTTP/1.1", b"\xff" * 100, b""])
+    def test_a_lease_needs_the_token(self, held: Lease, hello: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", held.endpoint.lease_port), timeout=10) as connection:
+            connection.sendall(hello + b"\n")
+            assert connection.recv(100) == b""
+        assert held.alive()
 
 
 class TestEnd:
@@ -268,11 +278,9 @@ class TestEnd:
         pid = first.attach()
         assert second.attach() == pid
         first.kill()
-        time.sleep(4)  # longer than it lingers
+        time.sleep(_LINGER_S + 0.6)
         assert runs(pid)
         assert second.ask("?") == {"alive": True}
-        second.ask("close")
-        wait_for_end(folder, pid)
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGTERM"])
     def test_signals_to_the_holders_group_do_not_reach_it(
@@ -294,7 +302,7 @@ class TestEnd:
         first = holder()
         pid = first.attach()
         assert first.ask("fork") == {"alive": True}
-        time.sleep(4)  # longer than it lingers
+        time.sleep(_LINGER_S + 0.6)
         assert first.ask("?") == {"alive": True}
         assert runs(pid)
 
@@ -308,7 +316,7 @@ class TestEnd:
         wait_for_end(folder, held.endpoint.pid)
         assert not list(folder.glob("catalog.sqlite-*"))  # the journal is merged and gone
 
-    def test_an_import_outlives_its_holder(
+    def test_imports_outlive_their_holder(
         self,
         folder: Path,
         tmp_path: Path,
@@ -316,27 +324,29 @@ class TestEnd:
         pydicom_file: Callable[[str], Path],
     ) -> None:
         lease = attach(folder)
-        job = start_long_import(client_of(lease), tmp_path, pydicom_file)
+        # Queued ones too, of which an ending server would drop those it has not begun.
+        jobs = [start_long_import(client_of(lease), tmp_path, pydicom_file, number, 30) for number in range(12)]
         pid = lease.endpoint.pid
         lease.close()
-        time.sleep(1)
         wait_for(lambda: not runs(pid), "the server's end")
         lease = attach(folder)
-        assert job_of(client_of(lease), job)["jobStatus"] == "COMPLETED"
+        assert {job_of(client_of(lease), job)["jobStatus"] for job in jobs} == {"COMPLETED"}
         lease.close()
 
 
-def start_long_import(client: Any, tmp_path: Path, pydicom_file: Callable[[str], Path]) -> dict[str, str]:
-    """Start an import of many files, which takes seconds."""
-    source = tmp_path / "many"
+def start_long_import(
+    client: Any, tmp_path: Path, pydicom_file: Callable[[str], Path], number: int = 0, files: int = 300
+) -> dict[str, str]:
+    """Start an import of many files; 300 take seconds."""
+    source = tmp_path / f"many-{number}"
     source.mkdir()
-    for number in range(300):
-        (source / f"{number}.dcm").symlink_to(pydicom_file("J2K_pixelrep_mismatch.dcm"))
+    for each in range(files):
+        (source / f"{each}.dcm").symlink_to(pydicom_file("J2K_pixelrep_mismatch.dcm"))
     datastore_id = client.create_datastore(datastoreName="default", clientToken="made-once")["datastoreId"]
     job = client.start_dicom_import_job(
         datastoreId=datastore_id,
         dataAccessRoleArn="arn:aws:iam::123456789012:role/import",
-        clientToken="started-once",
+        clientToken=f"started-once-{number}",
         inputS3Uri=f"s3://this-machine{source}/",
         outputS3Uri="s3://reports/",
     )
@@ -473,8 +483,7 @@ class TestFolder:
 class TestElsewhere:
     def test_a_server_on_another_machine_is_named(self, folder: Path) -> None:
         lease = attach(folder)
-        lease.close()
-        wait_for_end(folder, lease.endpoint.pid)
+        end(lease, folder)
         store = StoreFolder(folder)
         store.publish(replace(lease.endpoint, host="node-17"))
         with (
@@ -486,8 +495,7 @@ class TestElsewhere:
 
     def test_what_another_machine_left_behind_does_not_matter(self, folder: Path) -> None:
         lease = attach(folder)
-        lease.close()
-        wait_for_end(folder, lease.endpoint.pid)
+        end(lease, folder)
         StoreFolder(folder).publish(replace(lease.endpoint, host="node-17"))
         again = attach(folder)
         assert again.endpoint.host == hostname()

@@ -23,7 +23,6 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
-from pydicom.valuerep import PersonName
 
 from ahi_ml.local.ingest.levels import LEVEL_OF
 
@@ -269,7 +268,7 @@ def _plain(numbers: Iterable[float], vr: str) -> list[Any]:
 def _from_element(element: DataElement, vr: str, plural: bool) -> Any:
     """The value of an element that pydicom has converted already."""
     value = element.value
-    if value is None or (isinstance(value, str | bytes | PersonName) and not value):
+    if value is None or (isinstance(value, str | bytes) and not value):
         return None
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")

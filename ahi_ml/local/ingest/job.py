@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import time
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom.config import IGNORE
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
@@ -149,6 +151,14 @@ def _parse_or_explain(key: str, path: Path, store: Datastore, blobs: BlobStore) 
         return f"DICOM attributes cannot be read: {_why(error)}"
 
 
+def _name(uid: str) -> str:
+    """A transfer syntax that the data store does not take, in words."""
+    if not re.fullmatch(r"[0-9.]{1,64}", uid):
+        return "(no UID)"
+    name = UID(uid, validation_mode=IGNORE).name
+    return f"{uid} ({'unknown' if name == uid else name})"
+
+
 def _why(error: Exception) -> str:
     """What a parser's error means, without its own text: that may quote a value."""
     if isinstance(error, RecursionError):
@@ -171,8 +181,7 @@ def _parse(key: str, path: Path, store: Datastore, blobs: BlobStore) -> Instance
     if not uid:
         raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
-        name = UID(uid[:64], validation_mode=IGNORE).name  # the UID itself when nobody knows it
-        raise _FileFailure(f"transfer syntax {uid[:64]!r} ({'unknown' if name == uid[:64] else name}) is not supported")
+        raise _FileFailure(f"transfer syntax {_name(uid)} is not supported")
     if not len(dataset):
         raise _FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
     try:

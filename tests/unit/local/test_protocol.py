@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ahi_ml.errors import LocalStoreError
-from ahi_ml.local import protocol as module
+from ahi_ml.local import shapes
 from ahi_ml.local.protocol import HttpRequest, HttpResponse, Protocol, ServiceFault
 
 DS, IS, FRAME = "0123456789abcdef" * 2, "fedcba9876543210" * 2, "00ff" * 8
@@ -534,9 +534,9 @@ PATTERNED = [shape for shape in model_shapes() if "pattern" in shape.metadata]
 
 @pytest.mark.parametrize("shape", PATTERNED, ids=lambda shape: shape.name)
 def test_no_pattern_is_slow(shape: Any) -> None:
-    compiled = module._compile_pattern(shape.metadata["pattern"])
+    compiled = shapes._compile_pattern(shape.metadata["pattern"])
     assert compiled is not None, "this pattern would go unchecked"
-    longest = shape.metadata.get("max", module._LONGEST_WITHOUT_MAXIMUM)
+    longest = shape.metadata.get("max", shapes._LONGEST_WITHOUT_MAXIMUM)
     units = ["a", "0", "-", ".", " ", "a ", "a-", "/", "aA0", ":", "-aa", "arn:aws"]
     heads = ["", "a", "s3://aa", "arn:aws", "arn:aws:iam::123456789012:role/", "arn:aws:kms:us"]
     start = time.perf_counter()
@@ -549,13 +549,13 @@ def test_no_pattern_is_slow(shape: Any) -> None:
 @given(st.text(alphabet="a~ !\x7f\n", max_size=9))
 @settings(max_examples=300, deadline=None)
 def test_linear_pattern_accepts_the_same_texts(text: str) -> None:
-    for slow, fast in module._LINEAR_PATTERNS.items():
+    for slow, fast in shapes._LINEAR_PATTERNS.items():
         assert bool(re.fullmatch(slow, text)) == bool(re.fullmatch(fast, text))
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+", "(a|b*)*", "([a-z]{2,})+", "(a+){3,}", r"\p{L}+", "["])
 def test_unsafe_or_foreign_patterns_are_not_checked(pattern: str) -> None:
-    assert module._compile_pattern(pattern) is None
+    assert shapes._compile_pattern(pattern) is None
 
 
 MOMENT = datetime(2022, 9, 21, 0, 23, 31, 418_000, UTC)

@@ -217,8 +217,9 @@ def _clear_unused_bits(image: AnyArray, pixels: PixelFormat) -> AnyArray:
 
 def _jpegls(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:
     image = imagecodecs.jpegls_decode(data)
-    # JPEG-LS has no sign: two's complement at the precision of its frame header.
-    return _extend_sign(image, _jpegls_precision(data), pixels) if pixels.signed else image
+    if pixels.signed:  # JPEG-LS has no sign: two's complement at the precision of its frame header
+        return _extend_sign(image, _jpegls_precision(data), pixels)
+    return _clear_unused_bits(image, pixels)
 
 
 def _jpegls_precision(data: Buffer) -> int:

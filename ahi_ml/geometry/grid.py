@@ -18,6 +18,7 @@ from ahi_ml.types import FloatArray
 __all__ = ["Geometry", "Kind", "reorient"]
 
 Kind = Literal["regular", "tilted", "single", "irregular"]
+
 _ALL = slice(None)
 _LETTERS = ("LR", "PA", "SI")  # LPS axis, then (positive, negative) direction
 
@@ -27,6 +28,8 @@ class Geometry:
     """Where the voxels of a ``(z, y, x)`` array lie: an affine, a shape and how they came about.
 
     An irregular stack has no affine (reading it raises); it holds the position of every slice instead.
+
+    I/O: none.
 
     Parameters
     ----------

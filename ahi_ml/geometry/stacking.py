@@ -25,7 +25,8 @@ from ahi_ml.types import FloatArray
 __all__ = ["Gaps", "Stack", "stack_frames"]
 
 Gaps = Literal["error", "fill", "keep"]
-JITTER_OF_STEP = 0.02  # and some do so coarsely: one oblique series of step 7.0 has 6.96 to 7.07
+
+JITTER_OF_STEP = 0.02  # some scanners round coarsely: one oblique series of step 7.0 has 6.96 to 7.07
 SHEAR = 1e-3  # 1 - cosine between the step and the normal, about 2.6 degrees
 SIDEWAYS_OF_PIXEL = 0.1  # in-plane drift of this part of a pixel moves nothing that can be seen
 

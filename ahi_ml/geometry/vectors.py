@@ -13,12 +13,14 @@ from ahi_ml.types import FloatArray
 __all__ = ["COSINE_TOLERANCE", "JITTER_MM", "SPACING_TOLERANCE", "IndexArray", "distances_along", "normalised"]
 
 IndexArray = NDArray[np.intp]
+
 COSINE_TOLERANCE = 1e-3  # between direction cosines of one stack, and for row . column of one frame
 SPACING_TOLERANCE = 1e-3  # between pixel spacings of one stack, relative
 JITTER_MM = 0.01  # scanners round positions to decimal strings
 
 
 def distances_along(points: FloatArray, direction: FloatArray) -> FloatArray:
+    """(n,) how far along the unit vector `direction` each of the (n, 3) points lies."""
     # Not a matrix product: BLAS may round a row differently according to where it stands.
     return cast(FloatArray, (points * direction).sum(axis=1))
 

@@ -23,6 +23,7 @@ __all__ = ["Check", "Mode", "Write", "check_of", "problem", "structure_check", "
 Mode = Literal["json", "text", "python"]  # how a value stands: in a body, in a path or query, in a result
 Check = Callable[[Any, str, list[str]], Any]  # (value, where, problems) -> value as Python wants it
 Write = Callable[[Any], Any]
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
@@ -40,10 +41,12 @@ _MAP_MAXIMA = {"TagMap": 50}
 
 
 def problem(where: str, constraint: str) -> str:
+    """What a client is told about a value; it never repeats the value."""
     return f"Value at '{where}' failed to satisfy constraint: {constraint}"
 
 
 def check_of(shape: Shape, mode: Mode) -> Check:
+    """Return the check of a shape's values."""
     if shape.type_name == "structure":
         return structure_check(shape, mode)
     return (_container if shape.type_name in ("list", "map") else _leaf)(shape, mode)
@@ -243,7 +246,7 @@ def _to_time(value: Any) -> datetime:
 
 
 def write_of(shape: Any, names: Iterable[str] | None = None) -> Write | None:
-    """Return what turns a value into plain JSON, None when nothing needs turning. `names` as above."""
+    """Return what turns a value into plain JSON, None when nothing needs turning. `names` as in `structure_check`."""
     if shape.type_name == "timestamp":
         return _epoch_seconds
     if shape.type_name == "blob":
@@ -270,8 +273,10 @@ def _epoch_seconds(value: Any) -> Any:
 
 
 def wire_name(shape: Any, name: str) -> str:
+    """Return what a member is called on the wire."""
     return str(shape.members[name].serialization.get("name", name))
 
 
 def token_members(shape: Any) -> frozenset[str]:
+    """Return the members that are idempotency tokens, which a client may leave out."""
     return frozenset(name for name, member in shape.members.items() if member.metadata.get("idempotencyToken"))

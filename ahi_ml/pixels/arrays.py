@@ -18,6 +18,7 @@ _BLOCK = 32_768  # elements worked on at once where a scratch array is needed: 2
 
 
 def finite(value: Any) -> float:
+    """Return a number as a float; ConfigError when it is infinite or NaN."""
     number = float(value) + 0.0  # no -0.0: equal objects must have equal reprs
     if not math.isfinite(number):
         raise ConfigError(f"Pixel arithmetic needs finite numbers, not {number}")
@@ -25,11 +26,13 @@ def finite(value: Any) -> float:
 
 
 def set_floats(instance: object, *names: str) -> None:
+    """Make finite floats of the named fields of a frozen instance."""
     for name in names:
         object.__setattr__(instance, name, finite(getattr(instance, name)))
 
 
 def check_pair(values: AnyArray, out: AnyArray) -> None:
+    """Refuse an output that is not floating, or of another shape than the values."""
     if out.dtype.kind != "f":
         raise ConfigError(f"Pixel arithmetic writes floating numbers; the output is {out.dtype}")
     if values.shape != out.shape:

@@ -28,33 +28,28 @@ _PATIENCE_S = 30.0  # for a busy machine; what is waited for takes at most a few
 
 # A holder: says which server it got, then obeys one word a line until its input ends.
 _HOLDER = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 from ahi_ml.local.process import attach
 
 def say(**words):
     print(json.dumps(words), flush=True)
 
+signal.signal(signal.SIGINT, lambda number, frame: say(interrupted=True))
 say(up=True)
 sys.stdin.readline()
 lease = attach(Path(sys.argv[1]))
 say(server=lease.endpoint.pid)
-while True:
-    try:
-        word = sys.stdin.readline().strip()
-        if word == "close":
+while word := sys.stdin.readline().strip():
+    if word == "close":
+        lease.close()
+    if word == "fork":
+        child = os.fork()
+        if not child:
             lease.close()
-        if word == "fork":
-            child = os.fork()
-            if not child:
-                lease.close()
-                os._exit(0)
-            os.waitpid(child, 0)
-        if not word:
-            break
-        say(alive=lease.alive() if lease.connection.fileno() >= 0 else None)
-    except KeyboardInterrupt:
-        say(interrupted=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+    say(alive=lease.alive() if lease.connection.fileno() >= 0 else None)
 """
 
 
@@ -288,6 +283,7 @@ class TestEnd:
     ) -> None:
         first = holder()
         pid = first.attach()
+        assert first.ask("?") == {"alive": True}
         os.killpg(first.process.pid, signal.Signals[name])
         if name == "SIGINT":  # as in a notebook, the holder itself survives an interrupt
             assert first.hear() == {"interrupted": True}

@@ -235,7 +235,8 @@ def _judge(file: _File, sha256: str | None = None) -> None:
 def _encoded(dataset: Dataset) -> list[bytes]:
     count = int(dataset.get("NumberOfFrames") or 1)
     if count == 1:
-        return [b"".join(generate_fragments(dataset.PixelData))]
+        _, *fragments = generate_fragments(dataset.PixelData)  # the first item is the offset table
+        return [b"".join(fragments)]
     return list(generate_frames(dataset.PixelData, number_of_frames=count))
 
 
@@ -383,13 +384,9 @@ def _rle(frame: np.ndarray) -> bytes:
     return header.tobytes() + b"".join(segments)
 
 
-def _jpeg_ls(bits: int) -> Any:
-    def encode(frame: np.ndarray) -> bytes:
-        # two's complement at the stored precision: JPEG-LS has no sign
-        raw = frame.view(f"u{frame.itemsize}") & np.array(2**bits - 1, f"u{frame.itemsize}")
-        return bytes(imagecodecs.jpegls_encode(raw))
-
-    return encode
+def _jpeg_ls(frame: np.ndarray) -> bytes:
+    """JPEG-LS has no sign: two's complement over the whole container."""
+    return bytes(imagecodecs.jpegls_encode(frame.view(f"u{frame.itemsize}")))
 
 
 def _made() -> Iterator[tuple[str, np.ndarray, Dataset]]:
@@ -409,7 +406,7 @@ def _made() -> Iterator[tuple[str, np.ndarray, Dataset]]:
                 if allocated <= 16:
                     encoders[f"{jpeg}90"] = jpeg2000.encode_j2k
                 if allocated <= 16 and not (signed and samples == 3):
-                    encoders[f"{jpeg}80"] = _jpeg_ls(bits)
+                    encoders[f"{jpeg}80"] = _jpeg_ls
                 if allocated == 16 and bits == 16 and not signed and samples == 1:
                     encoders[f"{jpeg}70"] = imagecodecs.ljpeg_encode
                 for syntax, encode in encoders.items():

@@ -6,13 +6,15 @@ are decoded again after encoding: nothing is stored whose pixels were not seen t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.encaps import generate_fragments, generate_frames
+from pydicom.encaps import generate_fragments, generate_frames, parse_basic_offsets
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
@@ -27,6 +29,7 @@ __all__ = ["STORED_SYNTAX", "PixelFailure", "StoredFrame", "pixel_format", "stor
 STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLESS}
 """Transfer syntax of what a data store transcodes, by its lossless storage format."""
 
+_LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
@@ -150,18 +153,18 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
     if SYNTAXES[uid].kept:
         stored = (_keep(data, uid, pixels) for data in _encoded(dataset, count, video=video))
     elif pixels.bits_allocated == 1:
-        stored = (_pack(image) for image in _native(dataset, uid, pixels))
+        stored = (_pack(image) for image in _native(dataset, uid, pixels, count))
     else:
         encode = jpeg2000.encode_htj2k if storage_format == "HTJ2K" else jpeg2000.encode_j2k
         images = (
             (codec.decode(data, uid, pixels) for data in _encoded(dataset, count))
             if SYNTAXES[uid].encapsulated
-            else _native(dataset, uid, pixels)
+            else _native(dataset, uid, pixels, count)
         )
         stored = (_transcode(image, encode, STORED_SYNTAX[storage_format], pixels) for image in images)
     number = 0
     try:
-        for number, frame in enumerate(stored, 1):
+        for number, frame in enumerate(stored, 1):  # noqa: B007 (for the messages below)
             yield frame
     except PixelFailure:
         raise
@@ -169,6 +172,7 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
         raise PixelFailure(f"frame {number + 1} of {count} does not fit into memory") from error
     except Exception as error:
         # Decoders and pydicom raise many kinds of errors over hostile pixel data, and each is the file's fault.
+        _LOG.debug("a frame could not be read", exc_info=True)
         raise PixelFailure(f"frame {number + 1} of {count} cannot be read: {_reason(error)}") from error
     expected = 1 if video else count
     if number != expected:
@@ -176,8 +180,11 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
 
 
 def _reason(error: Exception) -> str:
+    """The codecs' own words; not pydicom's, which quote values."""
+    if not isinstance(error, DecodeError):
+        return "the pixel data is not what the image attributes describe"
     text = " ".join(str(error).split())
-    return (text[:297] + "...") if len(text) > 300 else text or type(error).__name__
+    return (text[:297] + "...") if len(text) > 300 else text
 
 
 def _frame_count(dataset: Dataset) -> int:
@@ -193,14 +200,24 @@ def _frame_count(dataset: Dataset) -> int:
 
 def _encoded(dataset: Dataset, count: int, *, video: bool = False) -> Iterator[bytes]:
     if video:  # one stream for all frames
-        yield b"".join(generate_fragments(dataset.PixelData))
+        buffer = BytesIO(dataset.PixelData)
+        parse_basic_offsets(buffer)  # leaves the buffer behind the table, at the first fragment
+        yield b"".join(generate_fragments(buffer))
         return
     offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
     extended = offsets if all(offsets) else None
     yield from generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=extended)
 
 
-def _native(dataset: Dataset, uid: str, pixels: PixelFormat) -> Iterator[AnyArray]:
+def _native(dataset: Dataset, uid: str, pixels: PixelFormat, count: int) -> Iterator[AnyArray]:
+    bits = pixels.rows * pixels.columns * pixels.samples * pixels.bits_allocated * count
+    if pixels.photometric == "YBR_FULL_422":  # two of three samples
+        bits = bits // 3 * 2
+    if not SYNTAXES[uid].encapsulated and len(dataset.PixelData) < (needed := -(-bits // 8)):
+        raise PixelFailure(
+            f"the pixel data ends after {len(dataset.PixelData)} bytes, but its {count} "
+            f"{'frame takes' if count == 1 else 'frames take'} {needed}"
+        )
     for image, _ in get_decoder(UID(uid)).iter_array(dataset, raw=True):
         yield image.reshape(pixels.shape)
 

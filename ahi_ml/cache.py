@@ -13,6 +13,8 @@ import os
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +28,9 @@ __all__ = ["CacheEntry", "CacheStats", "FrameCache"]
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"AHIF"
 _FORMAT = 1
-_HEADER = struct.Struct("<4sHHIQ12x")  # magic, format, flags, CRC of the payload, its length
+_HEADER = struct.Struct("<4sHHIQ8x")  # magic, format, flags, CRC of the payload, its length
+_HEADER_CRC = struct.Struct("<I")  # of the header: a flipped flag must not make a frame a verified one
+_START = _HEADER.size + _HEADER_CRC.size
 _VERIFIED = 1
 _STALE_S = 3600.0
 
@@ -106,10 +110,17 @@ class FrameCache:
             self._disable(error)
             self._count(misses=1)
             return None
-        if len(data) >= _HEADER.size:
+        if len(data) >= _START:
             magic, version, flags, checksum, length = _HEADER.unpack_from(data)
-            payload = memoryview(data)[_HEADER.size :]
-            if magic == _MAGIC and version == _FORMAT and length == len(payload) and crc32(payload) == checksum:
+            (header_checksum,) = _HEADER_CRC.unpack_from(data, _HEADER.size)
+            payload = memoryview(data)[_START:]
+            if (
+                magic == _MAGIC
+                and version == _FORMAT
+                and header_checksum == crc32(data[: _HEADER.size])
+                and length == len(payload)
+                and checksum == crc32(payload)
+            ):
                 self._count(hits=1)
                 return CacheEntry(payload, bool(flags & _VERIFIED))
         self.drop(datastore_id, frame_id)
@@ -127,6 +138,7 @@ class FrameCache:
         if self._state.get().disabled:
             return
         header = _HEADER.pack(_MAGIC, _FORMAT, _VERIFIED if verified else 0, crc32(data), len(data))
+        header += _HEADER_CRC.pack(crc32(header))
         path = self._path(datastore_id, frame_id)
         temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.part"
         try:
@@ -137,7 +149,7 @@ class FrameCache:
                 os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                with open(descriptor, "wb", buffering=0) as file:
+                with open(descriptor, "wb") as file:  # buffered: a raw write may stop short of a full disk's end
                     file.write(header)
                     file.write(data)
                 os.replace(temporary, path)
@@ -167,7 +179,7 @@ class FrameCache:
 
     def size(self) -> tuple[int, int]:
         """Number and bytes of the entries. I/O: lists the folder."""
-        sizes = [path.stat().st_size for path in self._files() if not path.name.endswith(".part")]
+        sizes = [found.st_size for path, found in self._files() if not path.name.endswith(".part")]
         return len(sizes), sum(sizes)
 
     def clear(self, *, older_than_s: float = 0.0) -> int:
@@ -177,15 +189,17 @@ class FrameCache:
         """
         now = time.time()
         removed = 0
-        for path in self._files():
+        for path, found in self._files():
             age = _STALE_S if path.name.endswith(".part") else older_than_s
-            if now - path.stat().st_mtime >= age:
+            if now - found.st_mtime >= age:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
 
-    def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("frames/*/*") if path.is_file())
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.folder.glob("frames/*/*"):
+            with suppress(FileNotFoundError):  # another process clears too
+                yield path, path.stat()
 
     def _prepare(self) -> None:
         state = self._state.get()

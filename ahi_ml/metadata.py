@@ -11,6 +11,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -190,8 +192,8 @@ class SeriesRecord:
 def value_of(raw: Any, kind: str) -> Any:
     """Type one raw value of a document.
 
-    I/O: none. A value that is not of its kind (a word where a number belongs) counts as absent:
-    archives are full of them, and one bad optional attribute must not lose an image.
+    I/O: none. A value that is not of its kind (a word where a number belongs, or no finite number)
+    counts as absent: archives are full of them, and one bad optional attribute must not lose an image.
 
     Parameters
     ----------
@@ -200,24 +202,37 @@ def value_of(raw: Any, kind: str) -> Any:
     kind : {"text", "texts", "int", "float", "floats"}
         What to make of it.
     """
-    if raw is None or raw == "" or raw == []:
+    values = raw if isinstance(raw, list) else raw.split("\\") if isinstance(raw, str) else [raw]
+    if any(isinstance(value, dict | list) for value in values):
         return None
-    values = raw if isinstance(raw, list) else str(raw).split("\\") if isinstance(raw, str) else [raw]
-    if kind == "text":
-        return "\\".join(str(value).strip() for value in values).strip() or None
-    if kind == "texts":
-        return tuple(str(value).strip() for value in values)
+    if kind in ("text", "texts"):
+        texts = tuple("" if value is None else _encodable(str(value).strip()) for value in values)
+        if not any(texts):
+            return None
+        return texts if kind == "texts" else "\\".join(texts)
     try:
-        numbers = tuple(float(value) for value in values if not (isinstance(value, str) and not value.strip()))
-    except (TypeError, ValueError):
+        numbers = tuple(_number(value) for value in values if value is not None and str(value).strip())
+    except (ValueError, OverflowError):
         return None
     if not numbers:
         return None
     if kind == "floats":
         return numbers
     if kind == "int":
-        return int(numbers[0]) if numbers[0] == numbers[0] and abs(numbers[0]) < 2**62 else None
+        return int(numbers[0]) if abs(numbers[0]) < 2**62 else None
     return numbers[0]
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number) or (isinstance(value, str) and "_" in value):  # Python's own 1_000
+        raise ValueError("no number of DICOM's")
+    return number
+
+
+def _encodable(text: str) -> str:
+    """Text without half characters, which JSON can spell and nothing can store."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iterator[SeriesRecord]:
@@ -240,14 +255,24 @@ def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iter
     try:
         text = gzip.decompress(body) if bytes(memoryview(body)[:2]) == b"\x1f\x8b" else bytes(body)
         document = json.loads(text)
-        image_set_id, datastore_id = str(document["ImageSetID"]), str(document["DatastoreID"])
+        image_set_id, datastore_id = (_encodable(str(document[name])) for name in ("ImageSetID", "DatastoreID"))
         patient = (document.get("Patient") or {}).get("DICOM") or {}
         study = document["Study"]
         for series_uid, series in study["Series"].items():
             yield _series(
                 image_set_id, datastore_id, patient, study.get("DICOM") or {}, series_uid, series, extra or {}
             )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,  # also what gzip says of a bad header and a bad checksum
+        EOFError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         if isinstance(error, MetadataError):
             raise
         raise MetadataError(f"not an image set metadata document: {type(error).__name__}: {error}") from error
@@ -272,7 +297,7 @@ def _series(
         image_set_id=image_set_id,
         datastore_id=datastore_id,
         study_instance_uid=value_of(study.get("StudyInstanceUID"), "text") or "",
-        series_instance_uid=uid,
+        series_instance_uid=_encodable(uid),
         patient=(
             value_of(patient.get("PatientID"), "text"),
             value_of(patient.get("IssuerOfPatientID"), "text"),
@@ -298,24 +323,30 @@ def _instance(image_set_id: str, sop_uid: str, instance: Json, merged: Json, fra
         try:
             checksums = frame.get("PixelDataChecksumFromBaseToFullResolution") or []
             full = max(checksums, key=lambda each: each["Width"], default=None)
+            checksum = int(full["Checksum"]) if full else None
+            if checksum is not None and not 0 <= checksum < 2**32:
+                raise ValueError("a checksum is a number of 32 bits")
+            if not isinstance(frame["ID"], str):
+                raise TypeError("a frame id is text")
             records.append(
                 FrameRecord(
                     frame_id=frame["ID"],
                     number=number,
-                    checksum=int(full["Checksum"]) if full else None,
-                    size=int(frame.get("FrameSizeInBytes") or 0),
-                    minimum=frame.get("MinPixelValue"),
-                    maximum=frame.get("MaxPixelValue"),
+                    checksum=checksum,
+                    size=max(value_of(frame.get("FrameSizeInBytes"), "int") or 0, 0),
+                    minimum=value_of(frame.get("MinPixelValue"), "int"),
+                    maximum=value_of(frame.get("MaxPixelValue"), "int"),
                     position=place if place and len(place) == 3 else None,
                     profile=(*(({**base, **own}) if own else base).values(), tables),
                 )
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MetadataError(
-                f"frame {number} of an instance of image set {image_set_id} lacks {error}",
+                f"frame {number} of an instance of image set {image_set_id} cannot be used: "
+                f"{f'it lacks {error}' if isinstance(error, KeyError) else error}",
                 image_set_id=image_set_id,
             ) from error
-    return InstanceRecord(sop_uid, attributes, records)
+    return InstanceRecord(_encodable(sop_uid), attributes, records)
 
 
 def _per_frame(merged: Json, count: int) -> Iterator[Json]:
@@ -351,7 +382,7 @@ def _lookup_tables(merged: Json) -> str | None:
         if isinstance(items, list) and items and isinstance(items[0], dict):
             tables[name] = {part: items[0].get(part) for part in _LUT_PARTS}
     palette = {name: merged[name] for name in _PALETTE if merged.get(name) is not None}
-    if palette and merged.get("PhotometricInterpretation") == "PALETTE COLOR":
+    if palette and value_of(merged.get("PhotometricInterpretation"), "text") == "PALETTE COLOR":
         tables["Palette"] = palette
     return json.dumps(tables, sort_keys=True) if tables else None
 

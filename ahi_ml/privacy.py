@@ -7,6 +7,8 @@ import os
 import secrets
 from dataclasses import dataclass
 
+from ahi_ml.errors import ConfigError
+
 __all__ = ["PATIENT_KEY_VARIABLE", "PatientHash", "patient_hash"]
 
 PATIENT_KEY_VARIABLE = "AHI_ML_PATIENT_KEY"
@@ -42,6 +44,14 @@ class PatientHash:
 
 
 def patient_hash(key: str | bytes | None = None) -> PatientHash:
-    """Settle the key: the argument, then ``AHI_ML_PATIENT_KEY``, then a random one. I/O: none."""
+    """Settle the key: the argument, then ``AHI_ML_PATIENT_KEY``, then a random one. I/O: none.
+
+    Raises
+    ------
+    ConfigError
+        An empty key.
+    """
     chosen = key if key is not None else os.environ.get(PATIENT_KEY_VARIABLE) or secrets.token_hex(32)
+    if not chosen:
+        raise ConfigError("the patient key is empty: anybody could test guesses of a patient id against the index")
     return PatientHash(chosen.encode() if isinstance(chosen, str) else chosen)

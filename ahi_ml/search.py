@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ahi_ml.client import translated
-from ahi_ml.errors import ConfigError, ConflictError
+from ahi_ml.errors import ConfigError, ConflictError, MetadataError
 from ahi_ml.index import DatasetIndex, Gatherer
 from ahi_ml.index.expression import unknown_column
 from ahi_ml.metadata import SERIES_COLUMNS, SeriesRecord, parse_document
@@ -166,6 +166,10 @@ class Search:
         ConfigError
             No such field.
         """
+        if condition is not None and not callable(condition):
+            raise ConfigError(
+                "a search is narrowed by where(modality='CT') or by a callable; an expression is for index().where()"
+            )
         added: list[Condition] = [condition] if condition is not None else []
         for name, wanted in equals.items():
             if name not in _FIELDS:
@@ -341,7 +345,13 @@ class Search:
                         versionId=summary.version_id,
                     )
                     body = answer["imageSetMetadataBlob"].read()
-                return list(parse_document(body, extra=extra))
+                try:
+                    return list(parse_document(body, extra=extra))
+                except MetadataError as error:
+                    raise MetadataError(
+                        f"image set {summary.image_set_id}, version {summary.version_id}: {error}",
+                        image_set_id=summary.image_set_id,
+                    ) from error
             except ConflictError:  # a large document is still being processed after its import
                 if attempt == _READY_ATTEMPTS - 1:
                     raise
@@ -370,13 +380,16 @@ def make_search(
     filters: list[dict[str, Any]] = [
         {"operator": "EQUAL", "values": [{_EQUAL[name]: value}]} for name, value in equals.items() if value is not None
     ]
+    for name, value in equals.items():
+        if value is not None and not isinstance(value, str):  # botocore's own complaint would quote the value
+            raise ConfigError(f"{name} is text, not a {type(value).__name__}")
     if study_date is not None:
-        first, last = study_date if isinstance(study_date, tuple) else (study_date, study_date)
+        first, last = _span("study_date", study_date if isinstance(study_date, tuple) else (study_date, study_date))
         bounds = [_study_date(first, "000000"), _study_date(last, "235959.999999")]
         filters.append({"operator": "BETWEEN", "values": [{"DICOMStudyDateAndTime": bound} for bound in bounds]})
     for name, span in (("createdAt", created), ("updatedAt", updated)):
         if span is not None:
-            filters.append({"operator": "BETWEEN", "values": [{name: moment} for moment in span]})
+            filters.append({"operator": "BETWEEN", "values": [{name: moment} for moment in _span(name, span)]})
     if len(filters) > _MOST_FILTERS:
         raise ConfigError(
             f"the service takes {_MOST_FILTERS} filters, not {len(filters)}: search by the most selective two and "
@@ -386,8 +399,16 @@ def make_search(
     return Search(client, datastore_id, criteria, primary=primary, progress=progress)
 
 
+def _span(name: str, span: Any) -> tuple[Any, Any]:
+    if not isinstance(span, tuple | list) or len(span) != 2:
+        raise ConfigError(f"{name} is a pair: first and last")
+    return span[0], span[1]
+
+
 def _study_date(value: Any, moment: str) -> dict[str, str]:
     text = value.strftime("%Y%m%d") if isinstance(value, date) else str(value).replace("-", "")
-    if len(text) != 8 or not text.isdigit():
-        raise ConfigError(f"a study date is YYYYMMDD or a date, not {value!r}")
+    try:
+        datetime.strptime(text if len(text) == 8 and text.isascii() else "", "%Y%m%d")
+    except ValueError:
+        raise ConfigError(f"a study date is YYYYMMDD or a date, not {value!r}") from None
     return {"DICOMStudyDate": text, "DICOMStudyTime": moment}

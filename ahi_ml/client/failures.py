@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from botocore import exceptions as botocore_errors
+from botocore.parsers import ResponseParserError
 
 from ahi_ml.errors import (
     AccessDeniedError,
@@ -44,6 +45,13 @@ _KINDS: dict[str, tuple[type[ServiceError], str]] = {
     "NotAcceptableException": (ServiceError, "the data store cannot give this representation"),
     "InternalServerException": (ServiceError, "the service failed; try again"),
 }
+_KINDS_OF_STATUS: dict[int, str] = {  # when a proxy answers, or the code is none of the service's
+    401: "AccessDeniedException",
+    403: "AccessDeniedException",
+    404: "ResourceNotFoundException",
+    409: "ConflictException",
+    429: "ThrottlingException",
+}
 _RETRYABLE = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "InternalServerException"})
 
 
@@ -57,7 +65,8 @@ def service_error(operation: str, code: str, status: int, text: str, request_id:
     where : str
         Safe ids for the message, such as ``"image set 0aaf..."``.
     """
-    kind, advice = _KINDS.get(code, (ServiceError, "see the service's message"))
+    alike = _KINDS_OF_STATUS.get(status, "")
+    kind, advice = _KINDS.get(code) or _KINDS.get(alike) or (ServiceError, "see the service's message")
     place = f" for {where}" if where else ""
     return kind(
         f"{operation}{place}: {code} ({status}): {text} - {advice} [request {request_id or 'unknown'}]",
@@ -65,7 +74,7 @@ def service_error(operation: str, code: str, status: int, text: str, request_id:
         code=code,
         status=status,
         request_id=request_id,
-        retryable=code in _RETRYABLE or status >= 500,
+        retryable=code in _RETRYABLE or status == 429 or status >= 500,
     )
 
 
@@ -93,7 +102,16 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
             str(meta.get("RequestId", "")),
             where,
         ) from error
-    except (botocore_errors.NoCredentialsError, botocore_errors.CredentialRetrievalError) as error:
+    except (
+        botocore_errors.NoCredentialsError,
+        botocore_errors.PartialCredentialsError,
+        botocore_errors.CredentialRetrievalError,
+        botocore_errors.TokenRetrievalError,
+        botocore_errors.SSOError,
+        botocore_errors.LoginError,
+        botocore_errors.NoAuthTokenError,
+        botocore_errors.MetadataRetrievalError,
+    ) as error:
         raise AccessDeniedError(
             f"{operation}: no usable AWS credentials: {error}. Set AWS_PROFILE, or work on a folder: "
             "connect('my-store')",
@@ -101,12 +119,12 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         ) from error
     except (botocore_errors.NoRegionError, botocore_errors.ProfileNotFound) as error:
         raise ConfigError(f"{operation}: {error}. Pass region= or profile= to connect") from error
-    except botocore_errors.ParamValidationError as error:
-        raise ConfigError(f"{operation}: {error}") from error
     except (
+        botocore_errors.ConnectionError,
         botocore_errors.HTTPClientError,
         botocore_errors.IncompleteReadError,
         botocore_errors.ResponseStreamingError,
+        ResponseParserError,
     ) as error:
         place = f" for {where}" if where else ""
         raise ConnectionFailedError(
@@ -115,3 +133,5 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
             operation=operation,
             retryable=True,
         ) from error
+    except botocore_errors.BotoCoreError as error:  # of its configuration, its parameters, its data files
+        raise ConfigError(f"{operation}: {error}") from error

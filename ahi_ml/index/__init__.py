@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from ahi_ml.index.profile import FrameProfile, FrameSource
 from ahi_ml.index.schema import SCHEMA_VERSION
 from ahi_ml.index.spill import spill_path
 from ahi_ml.index.split import assign_groups, check_identifiers, connected_groups
-from ahi_ml.index.tables import Gatherer, Tables
+from ahi_ml.index.tables import Gatherer, Tables, private_file
 from ahi_ml.types import AnyArray, FloatArray, PathType
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class DatasetIndex:
         """The frames of a slice, of row numbers, or where a boolean mask is true, as an index."""
         if isinstance(key, slice):
             return self._take(np.arange(len(self))[key])
-        rows = np.asarray(key)
+        rows = np.asarray(key.fillna(False) if hasattr(key, "fillna") else key)  # a pandas mask: null is false
         if rows.dtype == bool:
             if rows.shape != (len(self),):
                 raise ConfigError(f"a mask of {rows.shape} for an index of {len(self)} frames")
@@ -98,7 +97,7 @@ class DatasetIndex:
         if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
             raise ConfigError("select frames by a slice, row numbers or a boolean mask")
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
-            raise IndexError(f"row {rows.max()} of an index of {len(self)} frames")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of an index of {len(self)} frames")
         return self._take(np.where(rows < 0, rows + len(self), rows).astype(np.int64))
 
     def where(self, condition: str | None = None, /, **equals: Any) -> DatasetIndex:
@@ -126,13 +125,15 @@ class DatasetIndex:
             column = self._column(name)
             values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
             try:
-                mask = pc.and_(mask, pc.is_in(column, pa.array(values, column.type)))
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                mask = pc.and_(mask, pc.is_in(column, pa.array(values)))
+            except (pa.ArrowException, OverflowError, UnicodeError) as error:
                 raise ConfigError(f"cannot compare {name} with {wanted!r}: {error}") from error
         return self[np.asarray(mask.to_numpy(zero_copy_only=False), bool)]
 
     def sample(self, n: int, seed: int = 0) -> DatasetIndex:
         """At most `n` frames by chance, in index order. I/O: none."""
+        if n < 0:
+            raise ConfigError(f"a sample of {n} frames")
         if n >= len(self):
             return self
         return self[np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))]
@@ -453,11 +454,10 @@ class DatasetIndex:
             Where the index lies.
         """
         path = Path(path).expanduser().absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._compact().save(path, snapshot_id=self.snapshot_id)
         if self._patient_secret is not None:
-            key = path.with_name(f"{path.name}.key")
-            descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "wb") as file:
+            with private_file(path.with_name(f"{path.name}.key")) as file:
                 file.write(self._patient_secret)
         if self._rows is None:
             self._path = path
@@ -486,14 +486,18 @@ class DatasetIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a path: other processes map the same file."""
         if self._path is None or not self._path.exists():
-            path = spill_path(self)
+            path = spill_path(self._tables)
             self._compact().save(path, snapshot_id=self.snapshot_id)
             self._path = path
-        return _reopen, (self._path, self.notes)
+        return _reopen, (self._path, self.notes, self.snapshot_id)
 
 
-def _reopen(path: Path, notes: tuple[str, ...]) -> DatasetIndex:
+def _reopen(path: Path, notes: tuple[str, ...], expected: str) -> DatasetIndex:
     tables, snapshot_id = Tables.load(path)
+    if snapshot_id != expected:
+        raise ConfigError(
+            f"{path} was overwritten with another index after this one was sent here: save under a new name"
+        )
     return DatasetIndex(tables, path=path, snapshot_id=snapshot_id, notes=notes)
 
 

@@ -27,10 +27,10 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: pc.greater_equal,
 }
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: pc.add,
-    ast.Sub: pc.subtract,
-    ast.Mult: pc.multiply,
-    ast.Div: pc.divide,
+    ast.Add: pc.add_checked,
+    ast.Sub: pc.subtract_checked,
+    ast.Mult: pc.multiply_checked,
+    ast.Div: lambda left, right: pc.divide(pc.cast(left, pa.float64()), right),  # Arrow's own truncates integers
 }
 
 
@@ -79,9 +79,9 @@ def evaluate(expression: str, columns: dict[str, Any]) -> Any:
     """
     try:
         result = _value(_parse(expression), columns)
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"cannot evaluate {expression!r}: {error}") from error
-    if not isinstance(result, pa.Array | pa.ChunkedArray) or not pa.types.is_boolean(result.type):
+    if not _is_column(result) or not pa.types.is_boolean(result.type):
         raise ConfigError(f"the expression {expression!r} is not a condition")
     return pc.fill_null(result, False)
 
@@ -95,14 +95,14 @@ def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
                 raise unknown_column(name, columns)
             return columns[name]
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return pc.invert(pc.fill_null(_value(operand, columns), False))
+            return pc.invert(pc.fill_null(_column(operand, columns), False))
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as literal)):
             return -literal
         case ast.BoolOp(op=joint, values=parts):
             combine = pc.and_ if isinstance(joint, ast.And) else pc.or_
-            result = pc.fill_null(_value(parts[0], columns), False)
+            result = pc.fill_null(_column(parts[0], columns), False)
             for part in parts[1:]:
-                result = combine(result, pc.fill_null(_value(part, columns), False))
+                result = combine(result, pc.fill_null(_column(part, columns), False))
             return result
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _ARITHMETIC:
             return _ARITHMETIC[type(sign)](_value(left, columns), _value(right, columns))
@@ -110,7 +110,10 @@ def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
             column = _value(name, columns)
             if not pa.types.is_list(column.type):
                 raise ConfigError(f"{name.id} is not a list column")
-            long_enough = pc.greater(pc.list_value_length(column), place)
+            lengths = pc.list_value_length(column)
+            if place >= (pc.max(lengths).as_py() or 0):  # also keeps a huge number from taking memory
+                return pa.nulls(len(column), column.type.value_type)
+            long_enough = pc.greater(lengths, place)
             return pc.list_element(
                 pc.if_else(pc.fill_null(long_enough, False), column, pa.scalar([None] * (place + 1), column.type)),
                 place,
@@ -125,21 +128,31 @@ def _value(node: ast.expr, columns: dict[str, Any]) -> Any:
     raise ConfigError(f"expressions have no {type(node).__name__}: {ast.unparse(node)!r}")
 
 
+def _is_column(value: Any) -> bool:
+    return isinstance(value, pa.Array | pa.ChunkedArray)
+
+
+def _column(node: ast.expr, columns: dict[str, Any]) -> Any:
+    value = _value(node, columns)
+    if not _is_column(value):
+        raise ConfigError(f"conditions are about columns, and {ast.unparse(node)!r} is a literal")
+    return value
+
+
 def _compare(left: ast.expr, sign: ast.cmpop, right: ast.expr, columns: dict[str, Any]) -> Any:
     if isinstance(sign, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
-        column = _value(left, columns)
+        column = _column(left, columns)
         return column.is_null() if isinstance(sign, ast.Is) else column.is_valid()
-    value = _value(left, columns)
     if isinstance(sign, ast.In | ast.NotIn):
+        value = _column(left, columns)
         if not isinstance(right, ast.Tuple | ast.List | ast.Set):
             raise ConfigError("the right side of 'in' is a list of literals")
-        choices = [_value(each, columns) for each in right.elts]
-        inside = pc.is_in(value, pa.array(choices, value.type if choices else None))
-        return pc.invert(inside) if isinstance(sign, ast.NotIn) else inside
+        inside = pc.is_in(value, pa.array([_value(each, columns) for each in right.elts]))
+        return pc.and_not(value.is_valid(), inside) if isinstance(sign, ast.NotIn) else inside
     compare = _COMPARISONS.get(type(sign))
     if compare is None:
         raise ConfigError(f"expressions have no {type(sign).__name__}")
-    other = _value(right, columns)
-    if not isinstance(value, pa.Array | pa.ChunkedArray) and not isinstance(other, pa.Array | pa.ChunkedArray):
+    value, other = _value(left, columns), _value(right, columns)
+    if not _is_column(value) and not _is_column(other):
         raise ConfigError("a comparison needs a column")
     return pc.fill_null(compare(value, other), False)

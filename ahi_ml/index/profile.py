@@ -84,9 +84,15 @@ class FrameProfile:
             signed=signed,
             photometric=row["PhotometricInterpretation"] or "",
         )
-        tables = json.loads(row["lookup_tables"]) if row["lookup_tables"] else {}
-        modality = _table(tables.get("ModalityLUTSequence"), signed)
         rescale = Rescale.from_tags(row["RescaleSlope"], row["RescaleIntercept"])
+        try:
+            tables = json.loads(row["lookup_tables"]) if row["lookup_tables"] else {}
+            modality = _table(tables.get("ModalityLUTSequence"), signed)
+            # A VOI LUT is addressed by modality values, which are signed once an intercept is.
+            voi = _table(tables.get("VOILUTSequence"), signed or rescale.intercept < 0)
+            palette = _palette(tables.get("Palette"), signed)
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise MetadataError(f"a look-up table of these frames cannot be used: {error}") from error
         syntax = row["StoredTransferSyntaxUID"] or HTJ2K_LOSSLESS_RPCL
         padding = row["PixelPaddingValue"]
         spacing = row["PixelSpacing"]
@@ -96,9 +102,8 @@ class FrameProfile:
             checksum_of=_checksum_of(syntax, row["ChecksumType"], pixels),
             modality=modality or rescale,
             windows=_windows(row),
-            # A VOI LUT is addressed by modality values, which are signed once an intercept is.
-            voi=_table(tables.get("VOILUTSequence"), signed or rescale.intercept < 0),
-            palette=_palette(tables.get("Palette"), signed),
+            voi=voi,
+            palette=palette,
             inverted=pixels.photometric == "MONOCHROME1" or row["PresentationLUTShape"] == "INVERSE",
             padding=None if padding is None else (padding, row["PixelPaddingRangeLimit"]),
             lossy=row["LossyImageCompression"] == "01",

@@ -14,6 +14,9 @@ __all__ = ["spill_path"]
 def spill_path(owner: object) -> Path:
     """A path in a new private folder that goes when `owner` does, in this process only.
 
+    The owner is what selections share, not a selection: one given to a process as an argument is
+    forgotten here before the other side has opened the file.
+
     I/O: makes the folder, mode 0700. A process forked from this one leaves it alone.
     """
     folder = Path(tempfile.mkdtemp(prefix="ahi-ml-index-"))

@@ -103,7 +103,7 @@ def assign_groups(
     smallest: dict[int, float] = {}
     for group, member in zip(groups, members, strict=True):
         digest = hashlib.blake2b(f"{seed}\0{member}".encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
+        place = (int.from_bytes(digest, "big") >> 11) / 2**53  # below 1, which all 64 bits could round up to
         smallest[group] = min(place, smallest.get(group, 1.0))
     part = {
         group: next(

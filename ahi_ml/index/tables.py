@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +18,13 @@ from ahi_ml.index.schema import FRAMES, INSTANCES, KINDS, PLANES, PROFILES, SCHE
 from ahi_ml.metadata import SeriesRecord
 from ahi_ml.types import AnyArray
 
-__all__ = ["Gatherer", "Tables"]
+__all__ = ["Gatherer", "Tables", "private_file"]
 
 _VERSION_KEY = b"ahi_ml.index"
 _SNAPSHOT_KEY = b"ahi_ml.snapshot"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Tables:
     """The tables of an index, in memory or mapped from a file.
 
@@ -69,15 +70,8 @@ class Tables:
         metadata = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _SNAPSHOT_KEY: snapshot_id.encode()}
         batch = pa.RecordBatch.from_arrays(columns, names=names)
         schema = batch.schema.with_metadata(metadata)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(batch.replace_schema_metadata(metadata))
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with private_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch.replace_schema_metadata(metadata))
 
     @classmethod
     def load(cls, path: Path) -> tuple[Tables, str]:
@@ -101,15 +95,35 @@ class Tables:
                 f"{path} is {'no index' if not version else f'an index of format version {version}'}; this release "
                 f"reads version {SCHEMA_VERSION}: build it again"
             )
-        batch = reader.get_batch(0)
         tables = {}
-        for name in TABLES:
-            rows = batch.column(name).values
-            tables[name] = pa.Table.from_arrays(
-                [rows.field(number) for number in range(rows.type.num_fields)],
-                schema=pa.schema(list(rows.type)),
-            )
+        try:
+            batch = reader.get_batch(0)
+            batch.validate()
+            for name, schema in TABLES.items():
+                rows = batch.column(name).values
+                tables[name] = pa.Table.from_arrays(
+                    [rows.field(number) for number in range(rows.type.num_fields)],
+                    schema=pa.schema(list(rows.type)),
+                )
+                if tables[name].schema.names[: len(schema)] != schema.names:
+                    raise KeyError(name)
+        except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
+            raise ConfigError(f"{path} is a damaged index: build it again ({error})") from error
         return cls(**tables), metadata.get(_SNAPSHOT_KEY, b"").decode()
+
+
+@contextmanager
+def private_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, mode 0600, that takes the place of `path` once it is whole. I/O: one file."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -116,7 +116,7 @@ class Context:
         if token is None:
             return None
         try:
-            data = base64.urlsafe_b64decode(token.encode())
+            data = base64.b64decode(token.encode(), b"-_", validate=True)
         except (binascii.Error, ValueError):
             data = b""
         if len(data) <= 16 or not hmac.compare_digest(data[:16], self._seal(data[16:], bound_to)):

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -153,8 +154,10 @@ def take_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     outcomes: dict[str, list[Any]] = {name: [] for name in works}
     for number in range(rounds):
         for name, work in works.items():
-            _say(f"round {number + 1}/{rounds}: {name}")
+            start = time.perf_counter()
             outcomes[name].append(work())
+            took = time.perf_counter() - start
+            print(f"round {number + 1} of {rounds}: {name}, {took:.1f} s in all", file=sys.stderr, flush=True)
     return outcomes
 
 
@@ -162,11 +165,6 @@ def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a module's function in a new interpreter: no threads, caches or sockets of earlier runs."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def record(outcome: Mapping[str, Any], date: str | None = None) -> dict[str, Any]:
@@ -259,7 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{name:{width}}  {text}" for name, text in BENCHMARKS.items()))
         return 0
     outcome = record(importlib.import_module(f"benchmarks.{asked.name}").run(asked.size, asked.rounds), asked.date)
-    _say("")
     print(table(outcome))
     print(
         f"\ncommit {outcome['commit']}, {outcome['date']}, {outcome['machine']['cpus']} x {outcome['machine']['cpu']}"

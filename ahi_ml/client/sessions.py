@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ahi_ml._version import __version__
 from ahi_ml.client.failures import translated
+from ahi_ml.errors import ConfigError
 
 __all__ = ["AccessKeys", "Connection", "Service", "make_connection"]
 
@@ -88,7 +90,7 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
     Raises
     ------
     ConfigError
-        No region, or no such profile.
+        No region, no such profile, or an endpoint that is no URL.
     """
     import boto3
     import botocore.session
@@ -96,6 +98,8 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
 
     options: dict[str, Any] = {}
     endpoint = service.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_MEDICAL_IMAGING")
+    if endpoint and not re.match(r"https?://[\w.\[]", endpoint):
+        raise ConfigError(f"{endpoint!r} is no endpoint: it starts with http:// or https:// and names a host")
     if endpoint and _is_local(endpoint):
         # Botocore would put "runtime-" before the host, which no loopback address survives.
         options["inject_host_prefix"] = False

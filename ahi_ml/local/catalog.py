@@ -305,6 +305,13 @@ class Catalog:
         row = self._one("SELECT * FROM image_sets WHERE id=? AND datastore_id=?", (image_set_id, datastore_id))
         return _image_set(row) if row else None
 
+    def image_set_of(self, image_set_id: str) -> ImageSet:
+        """The image set of an id that is known to exist."""
+        row = self._one("SELECT * FROM image_sets WHERE id=?", (image_set_id,))
+        if row is None:
+            raise LocalStoreError(f"the catalog has no image set {image_set_id}")
+        return _image_set(row)
+
     def count_image_sets(self, datastore_id: str) -> int:
         """How many image sets are not deleted."""
         row = self._one("SELECT count(*) FROM image_sets WHERE datastore_id=? AND deleted IS NULL", (datastore_id,))

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,7 @@ async def _serve(
     from ahi_ml.local.ingest.job import Limits
     from ahi_ml.local.ingest.runner import JobRunner
     from ahi_ml.local.operations import Context
+    from ahi_ml.local.operations.writes import recover_writes
     from ahi_ml.local.server import Application
     from ahi_ml.local.signature import Verifier
     from ahi_ml.local.uris import UriMap
@@ -129,7 +131,12 @@ async def _serve(
         pid=os.getpid(),
         token=secrets.token_hex(16),
     )
-    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, bytes.fromhex(keys.page_secret))
+    settling = ThreadPoolExecutor(1, "ahi-ml-settle")
+    context = Context(
+        catalog, blobs, jobs, endpoint.region, endpoint.account, bytes.fromhex(keys.page_secret), settling
+    )
+    recover_writes(context)
+    settling.submit(lambda: blobs.sweep(catalog.blobs()))
     verifier = Verifier({keys.access_key_id: keys.secret_access_key}, endpoint.region)
     application = Application(context, verifier)
     application.set_faults(faults)
@@ -172,6 +179,7 @@ async def _serve(
         leases.drop_all()
         application.close()
         jobs.close()
+        settling.shutdown()
         catalog.close()
 
 

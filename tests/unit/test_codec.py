@@ -114,15 +114,14 @@ class TestReferenceStreams:
         assert hashlib.sha256(found).hexdigest() == row["pixels_sha256"]
 
     def test_odd_sizes(self, shared_data: Path) -> None:
+        """The second stream's image begins in column 1 of its reference grid: it is 16 wide, not 17."""
         folder = shared_data / "htj2k" / "openjph-odd-sizes"
         header, pixels = (folder / "tall_narrow.ppm").read_bytes().split(b"\n255\n", 1)
         assert header.split()[0] == b"P6"
         expected = np.frombuffer(pixels, np.uint8).reshape(256, 16, 3)
-        stream = (folder / "simple_enc_rev53_tall_narrow.j2c").read_bytes()
-        assert np.array_equal(codec.decode(stream, HTJ2K_LOSSLESS_RPCL, format_of(expected)), expected)
-        wider = (folder / "simple_enc_rev53_tall_narrow1.j2c").read_bytes()
-        found = codec.decode(wider, HTJ2K_LOSSLESS_RPCL, PixelFormat(256, 17, 3, 8, 8, photometric="RGB"))
-        assert np.array_equal(found, openjpeg.decode(wider, 0))
+        for name in ("simple_enc_rev53_tall_narrow.j2c", "simple_enc_rev53_tall_narrow1.j2c"):
+            stream = (folder / name).read_bytes()
+            assert np.array_equal(codec.decode(stream, HTJ2K_LOSSLESS_RPCL, format_of(expected)), expected)
 
 
 class TestRoundTrips:
@@ -405,6 +404,7 @@ class TestHostileBytes:
             with pytest.raises(DecodeError, match="too few"):
                 codec.decode(bytes(size), EXPLICIT_LE, PixelFormat(3, 4, 1, bits, bits))
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # OpenJPH, of damaged blocks
     def test_damaged_headers_never_end_the_process(self) -> None:
         """Flipped bytes give an error or pixels (which checksums catch): no crash, no endless loop."""
         random = np.random.default_rng(7)

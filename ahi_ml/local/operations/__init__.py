@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ahi_ml.local.operations import datastores, image_sets, imports, tags
+from ahi_ml.local.operations import datastores, image_sets, imports, tags, writes
 from ahi_ml.local.operations.context import Context
 from ahi_ml.local.protocol import ServiceFault
 
@@ -30,6 +30,9 @@ HANDLERS: dict[str, Handler] = {
     "GetImageSetMetadata": image_sets.get_image_set_metadata,
     "GetImageFrame": image_sets.get_image_frame,
     "ListImageSetVersions": image_sets.list_image_set_versions,
+    "UpdateImageSetMetadata": writes.update_image_set_metadata,
+    "CopyImageSet": writes.copy_image_set,
+    "DeleteImageSet": writes.delete_image_set,
     "TagResource": tags.tag_resource,
     "UntagResource": tags.untag_resource,
     "ListTagsForResource": tags.list_tags_for_resource,

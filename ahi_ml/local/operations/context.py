@@ -7,8 +7,10 @@ import binascii
 import hashlib
 import hmac
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from ahi_ml.local.protocol import ServiceFault
 
 __all__ = ["Context"]
 
+_LOG = logging.getLogger(__name__)
 _PAGE = 50
 Row = TypeVar("Row")
 
@@ -35,6 +38,8 @@ class Context:
         What ARNs say.
     secret : bytes
         Signs page tokens.
+    background : Executor
+        Settles writes, one after the other.
     clock : callable
         Seconds since the epoch.
     """
@@ -45,6 +50,7 @@ class Context:
     region: str
     account: str
     secret: bytes
+    background: Executor
     clock: Callable[[], float] = time.time
 
     def datastore_arn(self, datastore_id: str) -> str:
@@ -65,6 +71,18 @@ class Context:
         if active and store.status != "ACTIVE":
             raise ServiceFault("ConflictException", f"Datastore with id {datastore_id} is {store.status}")
         return store
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Settle a write in the background, in one transaction. I/O: the catalog, in another thread."""
+
+        def run() -> None:
+            try:
+                with self.catalog.transaction():
+                    work()
+            except Exception:
+                _LOG.exception("a write could not be settled")
+
+        self.background.submit(run)
 
     def image_set(self, datastore_id: str, image_set_id: str, *, deleted: bool = False) -> ImageSet:
         """An image set, or the service's fault; deleted ones only when asked for."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -19,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,13 @@ def take_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a module's function in a new interpreter: no threads, caches or sockets of earlier runs."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_platform_start_method) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _platform_start_method() -> None:
+    # A spawned process would spawn its own children too; a user's forks them where the platform does.
+    multiprocessing.set_start_method(None, force=True)
 
 
 def record(outcome: Mapping[str, Any], date: str | None = None) -> dict[str, Any]:

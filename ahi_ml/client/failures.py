@@ -1,9 +1,11 @@
-"""Botocore's errors as ours, in one place."""
+"""Botocore's errors as ours, and which of them may pass by themselves, in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
@@ -18,7 +20,10 @@ from ahi_ml.errors import (
     ThrottledError,
 )
 
-__all__ = ["service_error", "translated"]
+__all__ = ["ATTEMPTS", "answer_error", "closed", "no_answer", "pause_s", "service_error", "translated", "unsent"]
+
+ATTEMPTS = 8
+"""Requests that one call may send, the first included."""
 
 _KINDS: dict[str, tuple[type[ServiceError], str]] = {
     "ResourceNotFoundException": (NotFoundError, "check the ids; a new import makes new ones"),
@@ -52,7 +57,32 @@ _KINDS_OF_STATUS: dict[int, str] = {  # when a proxy answers, or the code is non
     409: "ConflictException",
     429: "ThrottlingException",
 }
-_RETRYABLE = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "InternalServerException"})
+# What botocore's standard mode takes for throttling, and for trouble that passes.
+_THROTTLED = frozenset(
+    {
+        "BandwidthLimitExceeded",
+        "EC2ThrottledException",
+        "LimitExceededException",
+        "PriorRequestNotComplete",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "SlowDown",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionInProgressException",
+    }
+)
+_RETRYABLE = _THROTTLED | {"InternalServerException", "RequestTimeout", "RequestTimeoutException"}
+_LONGEST_TEXT = 500  # an error page of a proxy is no message
+
+
+def pause_s(attempt: int) -> float:
+    """Seconds to wait after this attempt, from 1: exponential with full jitter, as botocore's. I/O: none."""
+    return random.random() * float(min(2 ** (attempt - 1), 20))
 
 
 def service_error(operation: str, code: str, status: int, text: str, request_id: str, where: str = "") -> ServiceError:
@@ -65,17 +95,57 @@ def service_error(operation: str, code: str, status: int, text: str, request_id:
     where : str
         Safe ids for the message, such as ``"image set 0aaf..."``.
     """
-    alike = _KINDS_OF_STATUS.get(status, "")
+    alike = "Throttling" if code in _THROTTLED else _KINDS_OF_STATUS.get(status, "")
     kind, advice = _KINDS.get(code) or _KINDS.get(alike) or (ServiceError, "see the service's message")
+    # An image set that is still being processed cannot be read yet; a write that conflicts stays wrong.
+    unready = kind is ConflictError and operation.startswith("Get")
     place = f" for {where}" if where else ""
+    text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
     return kind(
         f"{operation}{place}: {code} ({status}): {text} - {advice} [request {request_id or 'unknown'}]",
         operation=operation,
         code=code,
         status=status,
         request_id=request_id,
-        retryable=code in _RETRYABLE or status == 429 or status >= 500,
+        retryable=code in _RETRYABLE or status == 429 or status >= 500 or unready,
     )
+
+
+def answer_error(operation: str, answer: Mapping[str, Any], where: str = "") -> ServiceError:
+    """The error of the tree for an error response as botocore's parsers give it. I/O: none."""
+    details, meta = answer.get("Error", {}), answer.get("ResponseMetadata", {})
+    return service_error(
+        operation,
+        str(details.get("Code", "Unknown")),
+        int(meta.get("HTTPStatusCode", 0)),
+        str(details.get("Message", "")),
+        str(meta.get("RequestId", "")),
+        where,
+    )
+
+
+def no_answer(operation: str, why: str, where: str = "") -> ConnectionFailedError:
+    """The error when nothing came back, or nothing that can be used. I/O: none."""
+    place = f" for {where}" if where else ""
+    return ConnectionFailedError(
+        f"{operation}{place}: no usable answer: {why}. Check the network and the endpoint",
+        operation=operation,
+        retryable=True,
+    )
+
+
+def closed(operation: str, where: str = "") -> ConnectionFailedError:
+    """The error of a request that closing the connection has ended or forbids. I/O: none."""
+    place = f" for {where}" if where else ""
+    return ConnectionFailedError(f"{operation}{place}: the connection to the data store is closed", operation=operation)
+
+
+def unsent(operation: str, cause: Exception, where: str = "") -> ServiceError:
+    """The error for something unforeseen. Its text may quote header values and stays out. I/O: none."""
+    place = f" for {where}" if where else ""
+    error = ServiceError(f"{operation}{place}: failed by {type(cause).__name__}", operation=operation)
+    error.__cause__ = cause
+    return error
 
 
 @contextmanager
@@ -92,16 +162,7 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
     try:
         yield
     except botocore_errors.ClientError as error:
-        details = error.response.get("Error", {})
-        meta = error.response.get("ResponseMetadata", {})
-        raise service_error(
-            operation,
-            str(details.get("Code", "Unknown")),
-            int(meta.get("HTTPStatusCode", 0)),
-            str(details.get("Message", "")),
-            str(meta.get("RequestId", "")),
-            where,
-        ) from error
+        raise answer_error(operation, error.response, where) from error
     except (
         botocore_errors.NoCredentialsError,
         botocore_errors.PartialCredentialsError,
@@ -126,12 +187,6 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         botocore_errors.ResponseStreamingError,
         ResponseParserError,
     ) as error:
-        place = f" for {where}" if where else ""
-        raise ConnectionFailedError(
-            f"{operation}{place}: no usable answer ({type(error).__name__}): {error}. Check the network and "
-            "the endpoint",
-            operation=operation,
-            retryable=True,
-        ) from error
+        raise no_answer(operation, f"{error} ({type(error).__name__})", where) from error
     except botocore_errors.BotoCoreError as error:  # of its configuration, its parameters, its data files
         raise ConfigError(f"{operation}: {error}") from error

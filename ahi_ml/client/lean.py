@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import random
 import selectors
 import socket
 import threading
@@ -19,25 +18,32 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from io import BytesIO
-from json import JSONDecodeError, loads
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+
+from botocore.awsrequest import HeadersDict
+from botocore.parsers import create_parser
 
 from ahi_ml._version import __version__
-from ahi_ml.client.failures import service_error
+from ahi_ml.client.failures import ATTEMPTS, answer_error, closed, no_answer, pause_s, translated, unsent
 from ahi_ml.client.signing import FrameSigner
-from ahi_ml.errors import ConnectionFailedError, ServiceError
+from ahi_ml.errors import AhiError, ServiceError
 
-__all__ = ["CurlTransport", "LeanEndpoint"]
+__all__ = ["CurlTransport", "LeanEndpoint", "misfit"]
 
 _LOG = logging.getLogger(__name__)
-_ATTEMPTS = 8
-_LONGEST_PAUSE_S = 20.0
 _DEADLINE_S = 120.0
-_THROTTLED = frozenset({"Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException"})
-_RETRIED = _THROTTLED | {"RequestTimeout", "RequestTimeoutException", "InternalServerException", "ConflictException"}
 _BUFFER = 512 * 1024  # a frame in few reads: each costs a hand-over of the GIL
 _NOT_FRAMES = ("application/json", "text/", "application/xml")
+
+
+def misfit(size: int, content_type: str) -> str:
+    """Why the body of a good answer is no frame; empty if it may be one. I/O: none."""
+    if not size:
+        return "an empty body instead of a frame"
+    if content_type.lower().startswith(_NOT_FRAMES):
+        return f"a body of type {content_type} instead of a frame"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class LeanEndpoint:
     """
 
     base_url: str
-    credentials: Any
+    credentials: Any = field(repr=False)
     region: str
-    proxy: str = ""
+    proxy: str = field(default="", repr=False)  # it may hold a password
     ca_bundle: str | None = None
     client_certificate: tuple[str, str | None] | None = None
     connect_timeout_s: float = 5.0
@@ -77,7 +83,7 @@ class _Request:
     image_set_id: str
     frame_id: str
     future: Future[bytes]
-    started: float = field(default_factory=time.monotonic)
+    deadline: float = 0.0
     attempt: int = 0
     body: BytesIO = field(default_factory=BytesIO)
     head: list[bytes] = field(default_factory=list)
@@ -106,9 +112,10 @@ class CurlTransport:
     def __init__(self, endpoint: LeanEndpoint, datastore_id: str, *, in_flight: int = 56) -> None:
         self._endpoint = endpoint
         parts = urlsplit(endpoint.base_url)
+        host = _host(endpoint.base_url)
         self._path = f"{parts.path.rstrip('/')}/datastore/{datastore_id}/imageSet/"
-        self._origin = f"{parts.scheme}://{parts.netloc}"
-        self._signer = FrameSigner(endpoint.credentials, endpoint.region, parts.netloc)
+        self._origin = f"{parts.scheme}://{host}"
+        self._signer = FrameSigner(endpoint.credentials, endpoint.region, host)
         self._in_flight = in_flight
         self._waiting: deque[_Request] = deque()
         self._lock = threading.Lock()
@@ -128,61 +135,71 @@ class CurlTransport:
         request = _Request(image_set_id, frame_id, Future())
         with self._lock:
             if self._closed:
-                raise ConnectionFailedError("the connection to the data store is closed", operation="GetImageFrame")
+                raise closed("GetImageFrame", request.where)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ahi-ml-io", daemon=True)
                 self._thread.start()
             self._waiting.append(request)
-            ring, self._woken = not self._woken, True
-        if ring:
-            self._bell.send(b"\0")
+            if not self._woken:
+                self._bell.send(b"\0")
+                self._woken = True
         return request.future
 
     def close(self) -> None:
         """Drop every request and end the thread. I/O: closes the connections."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            thread = self._thread
-        if thread is None:
-            self._ears.close()
-            self._bell.close()
-        else:
-            self._bell.send(b"\0")
+            if self._thread is None:
+                self._ears.close()
+                self._bell.close()
+            else:
+                self._bell.send(b"\0")
 
     # In the thread
 
     def _run(self) -> None:
-        loop = _Loop(self._endpoint, self._in_flight, self._settle)
-        loop.listen(self._ears)
-        later: list[tuple[float, int, _Request]] = []
-        count = itertools.count()
-        self._later, self._count = later, count
+        self._later: list[tuple[float, int, _Request]] = []
+        self._count = itertools.count()
+        loop: _Loop | None = None
+        failure: Exception | None = None
         try:
-            while not self._closed:
-                now = time.monotonic()
-                while later and later[0][0] <= now and loop.free:
-                    self._start(loop, heapq.heappop(later)[2])
-                while loop.free:
-                    try:
-                        request = self._waiting.popleft()
-                    except IndexError:
-                        break
-                    if request.future.set_running_or_notify_cancel():
-                        self._start(loop, request)
-                if loop.turn(later[0][0] - now if later else None):
-                    with self._lock:
-                        self._woken = False
-                    self._drain()
+            loop = _Loop(self._endpoint, self._in_flight, self._settle)
+            loop.listen(self._ears)
+            self._work(loop)
         except Exception as error:  # nothing may end this thread and leave futures waiting for ever
             _LOG.exception("the frame transport failed")
-            self._closed = True
-            self._abandon([*loop.requests(), *(each[2] for each in later)], error)
-        else:
-            self._abandon([*loop.requests(), *(each[2] for each in later)], None)
+            failure = error
         finally:
-            loop.close()
+            with self._lock:
+                self._closed = True
+            under_way = loop.requests() if loop is not None else []
+            self._abandon([*under_way, *(each[2] for each in self._later)], failure)
+            if loop is not None:
+                loop.close()
             self._ears.close()
             self._bell.close()
+
+    def _work(self, loop: _Loop) -> None:
+        later = self._later
+        while not self._closed:
+            now = time.monotonic()
+            while later and later[0][0] <= now and loop.free:
+                self._start(loop, heapq.heappop(later)[2])
+            while loop.free:
+                try:
+                    request = self._waiting.popleft()
+                except IndexError:
+                    break
+                if request.future.set_running_or_notify_cancel():
+                    request.deadline = now + _DEADLINE_S
+                    self._start(loop, request)
+            # While every handle is busy, the next thing to do is an answer's, however long a retry is due.
+            if loop.turn(later[0][0] - now if later and loop.free else None):
+                with self._lock:
+                    self._woken = False
+                self._drain()
 
     def _drain(self) -> None:
         try:
@@ -200,10 +217,7 @@ class CurlTransport:
                 continue
             under_way.append(request)
         for request in under_way:
-            error = ConnectionFailedError(
-                f"GetImageFrame for {request.where}: the connection to the data store was closed",
-                operation="GetImageFrame",
-            )
+            error = closed("GetImageFrame", request.where)
             error.__cause__ = cause
             request.future.set_exception(error)
 
@@ -211,13 +225,15 @@ class CurlTransport:
         request.attempt += 1
         request.body, request.head = BytesIO(), []
         try:
-            path = f"{self._path}{request.image_set_id}/getImageFrame"
+            path = f"{self._path}{quote(request.image_set_id, safe='')}/getImageFrame"
             body = self._signer.body(request.frame_id)
-            loop.start(request, f"{self._origin}{path}", body, self._signer.headers(path, body))
-        except Exception as error:  # credentials that cannot be refreshed, mostly
-            request.future.set_exception(
-                ServiceError(f"GetImageFrame for {request.where}: {error}", operation="GetImageFrame")
-            )
+            with translated("GetImageFrame", request.where):  # credentials that cannot be refreshed
+                headers = self._signer.headers(path, body)
+            loop.start(request, f"{self._origin}{path}", body, headers)
+        except AhiError as error:
+            request.future.set_exception(error)
+        except Exception as error:
+            request.future.set_exception(unsent("GetImageFrame", error, request.where))
 
     def _settle(self, request: _Request, status: int, content_type: str, problem: str) -> None:
         """A request has ended: give its outcome, or try again."""
@@ -225,45 +241,47 @@ class CurlTransport:
         if error is None:
             request.future.set_result(request.body.getvalue())
             return
-        spent = time.monotonic() - request.started
-        if error.retryable and request.attempt < _ATTEMPTS and spent < _DEADLINE_S and not self._closed:
-            pause = min(random.random() * 2 ** (request.attempt - 1), _LONGEST_PAUSE_S)
-            heapq.heappush(self._later, (time.monotonic() + pause, next(self._count), request))
+        now = time.monotonic()
+        if error.retryable and request.attempt < ATTEMPTS and now < request.deadline and not self._closed:
+            heapq.heappush(self._later, (now + pause_s(request.attempt), next(self._count), request))
             return
         request.future.set_exception(error)
 
     def _judge(self, request: _Request, status: int, content_type: str, problem: str) -> ServiceError | None:
+        if not problem and status < 300:
+            problem = misfit(request.body.tell(), content_type)
+            if not problem:
+                return None
         if problem:
-            return ConnectionFailedError(
-                f"GetImageFrame for {request.where}: no usable answer: {problem}. Check the network and the endpoint",
-                operation="GetImageFrame",
-                retryable=True,
-            )
-        if status == 200 and request.body.tell() and not content_type.startswith(_NOT_FRAMES):
-            return None
-        if status == 200:
-            what = f"a body of type {content_type}" if request.body.tell() else "an empty body"
-            return ConnectionFailedError(
-                f"GetImageFrame for {request.where}: {what} instead of a frame",
-                operation="GetImageFrame",
-                retryable=True,
-            )
-        headers = _headers(request.head)
-        code = headers.get("x-amzn-errortype", "").split(":")[0] or f"HTTP{status}"
+            if self._endpoint.proxy:
+                problem = problem.replace(self._endpoint.proxy, "the proxy")  # its URL may hold a password
+            return no_answer("GetImageFrame", problem, request.where)
+        answer = {"status_code": status, "headers": _headers(request.head), "body": request.body.getvalue()}
         try:
-            text = str(loads(request.body.getvalue()).get("message", ""))
-        except (JSONDecodeError, UnicodeDecodeError, AttributeError):
-            text = "no message"
-        error = service_error(
-            "GetImageFrame", code, status, text, headers.get("x-amzn-requestid", ""), where=request.where
-        )
-        error.retryable = code in _RETRIED or status in (429, 500, 502, 503, 504)
-        return error
+            return answer_error("GetImageFrame", create_parser("rest-json").parse(answer, None), request.where)
+        except Exception as error:  # whatever a body that is no error document does to the parser
+            return no_answer("GetImageFrame", f"status {status}, {type(error).__name__}", request.where)
 
 
-def _headers(lines: list[bytes]) -> dict[str, str]:
-    pairs = (line.decode("latin-1").partition(":") for line in lines)
-    return {name.strip().lower(): value.strip() for name, colon, value in pairs if colon}
+def _host(url: str) -> str:
+    """The Host header of a URL, as botocore signs it: lower case, no port if it is the scheme's own."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    own = {"http": 80, "https": 443}.get(parts.scheme)
+    return host if parts.port in (None, own) else f"{host}:{parts.port}"
+
+
+def _headers(lines: list[bytes]) -> HeadersDict:
+    """Headers of the last answer; interim ones and a proxy's stand before it."""
+    headers = HeadersDict()
+    for line in lines:
+        name, colon, value = line.decode("latin-1").partition(":")
+        if not colon and name.startswith("HTTP/"):
+            headers = HeadersDict()
+        elif colon:
+            headers[name.strip()] = value.strip()
+    return headers
 
 
 class _Loop:
@@ -296,8 +314,8 @@ class _Loop:
             (curl.CONNECTTIMEOUT_MS, int(endpoint.connect_timeout_s * 1000)),
             (curl.LOW_SPEED_LIMIT, 1),
             (curl.LOW_SPEED_TIME, max(int(endpoint.read_timeout_s), 1)),
-            (curl.TIMEOUT, int(_DEADLINE_S)),
             (curl.PROXY, endpoint.proxy),
+            (curl.NOPROXY, ""),  # whoever chose the proxy has read NO_PROXY
             (curl.USERAGENT, f"ahi_ml/{__version__}"),
         ):
             handle.setopt(option, value)
@@ -306,6 +324,9 @@ class _Loop:
             handle.setopt(curl.SSL_VERIFYHOST, 0)
         else:
             handle.setopt(curl.CAINFO, endpoint.ca_bundle)
+            handle.unsetopt(curl.CAPATH)  # these and no others
+            if endpoint.proxy.startswith("https:"):
+                handle.setopt(curl.PROXY_CAINFO, endpoint.ca_bundle)
         if endpoint.client_certificate is not None:
             certificate, key = endpoint.client_certificate
             handle.setopt(curl.SSLCERT, certificate)
@@ -320,14 +341,16 @@ class _Loop:
 
     def start(self, request: _Request, url: str, body: bytes, headers: list[str]) -> None:
         """Put a request on its way, in a free handle."""
-        curl, handle = self._curl, self.free.pop()
+        curl, handle = self._curl, self.free[-1]
+        left_ms = int((request.deadline - time.monotonic()) * 1000)
         handle.setopt(curl.URL, url)
         handle.setopt(curl.POSTFIELDS, body)
         handle.setopt(curl.HTTPHEADER, headers)
         handle.setopt(curl.WRITEFUNCTION, request.body.write)
         handle.setopt(curl.HEADERFUNCTION, request.head.append)
-        self._busy[handle] = request
+        handle.setopt(curl.TIMEOUT_MS, max(left_ms, 1))
         self._multi.add_handle(handle)
+        self._busy[self.free.pop()] = request
 
     def requests(self) -> list[_Request]:
         """What is under way."""

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ahi_ml._version import __version__
-from ahi_ml.client.failures import translated
+from ahi_ml.client.failures import ATTEMPTS, translated
 from ahi_ml.errors import ConfigError
 
 __all__ = ["AccessKeys", "Connection", "Service", "make_connection"]
@@ -96,21 +96,16 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
     import botocore.session
     from botocore.config import Config
 
-    options: dict[str, Any] = {}
     endpoint = service.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_MEDICAL_IMAGING")
     if endpoint and not re.match(r"https?://[\w.\[]", endpoint):
         raise ConfigError(f"{endpoint!r} is no endpoint: it starts with http:// or https:// and names a host")
-    if endpoint and _is_local(endpoint):
-        # Botocore would put "runtime-" before the host, which no loopback address survives.
-        options["inject_host_prefix"] = False
     config = Config(
         connect_timeout=5,
         read_timeout=60,
         max_pool_connections=connections,
-        retries={"mode": "standard", "max_attempts": 8},
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         tcp_keepalive=True,
         user_agent_extra=f"ahi_ml/{__version__}",
-        **options,
     )
     keys = service.keys
     with translated("connect"):
@@ -122,6 +117,10 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
             region_name=service.region,
         )
         client = boto3_session.client("medical-imaging", endpoint_url=service.endpoint_url, config=config)
+        if _is_local(client.meta.endpoint_url):
+            # Botocore would put "runtime-" before the host, which no loopback address survives.
+            config = config.merge(Config(inject_host_prefix=False))
+            client = boto3_session.client("medical-imaging", endpoint_url=service.endpoint_url, config=config)
     return Connection(client, session)
 
 

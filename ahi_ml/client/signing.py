@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
+from urllib.parse import quote
 
 __all__ = ["FrameSigner"]
 
@@ -54,7 +55,7 @@ class FrameSigner:
         Parameters
         ----------
         path : str
-            As it is sent; letters, digits and slashes only.
+            As it is sent, percent-encoded.
         body : bytes
             What is sent.
         """
@@ -68,7 +69,7 @@ class FrameSigner:
             names += ";x-amz-security-token"
             canonical += f"x-amz-security-token:{frozen.token}\n"
             lines.append(f"X-Amz-Security-Token: {frozen.token}")
-        request = f"POST\n{path}\n\n{canonical}\n{names}\n{sha256(body).hexdigest()}"
+        request = f"POST\n{quote(path, safe='/~')}\n\n{canonical}\n{names}\n{sha256(body).hexdigest()}"
         scope = f"{date}/{self._region}/{_SERVICE}/aws4_request"
         text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{sha256(request.encode()).hexdigest()}"
         signature = hmac.digest(self._key(frozen.secret_key, date), text.encode(), "sha256").hex()

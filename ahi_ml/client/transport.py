@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from botocore.httpsession import get_cert_path
+from botocore import exceptions as botocore_errors
+from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.utils import get_environ_proxies
 
-from ahi_ml.client.failures import translated
-from ahi_ml.client.lean import CurlTransport, LeanEndpoint
+from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, translated, unsent
+from ahi_ml.client.lean import CurlTransport, LeanEndpoint, misfit
 from ahi_ml.client.sessions import Connection
-from ahi_ml.errors import ConnectionFailedError
+from ahi_ml.errors import AhiError, ServiceError
 
 __all__ = ["BestTransport", "Boto3Transport", "FrameTransport", "lean_endpoint"]
 
@@ -36,6 +40,12 @@ class FrameTransport(Protocol):
 class Boto3Transport:
     """GetImageFrame through a boto3 client in threads: its retries, its credentials, its hooks.
 
+    What boto3 takes for an answer but is no frame, and an image set that is not ready, are asked for
+    again here.
+
+    I/O: none until the first `fetch`. The threads are daemons: nothing interrupts a request of boto3,
+    and `close` and the end of the interpreter do not wait for one.
+
     Parameters
     ----------
     client : boto3 client
@@ -49,34 +59,117 @@ class Boto3Transport:
     def __init__(self, client: Any, datastore_id: str, *, in_flight: int = 32) -> None:
         self._client = client
         self._datastore_id = datastore_id
-        self._threads = ThreadPoolExecutor(in_flight, "ahi-ml-fetch")
+        self._in_flight = in_flight
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()
+        self._unsettled: dict[Future[bytes], _Asked] = {}  # whoever takes it out of here settles it
+        self._threads = 0
 
     def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
         """Start fetching the encoded bytes of a frame.
 
         I/O: one request, in the background. The future raises `ServiceError` or one of its kinds.
         """
-        return self._threads.submit(self._fetch, image_set_id, frame_id)
+        asked = _Asked(image_set_id, frame_id)
+        with self._lock:
+            if self._closed.is_set():
+                raise closed("GetImageFrame", asked.where)
+            self._unsettled[asked.future] = asked
+            self._waiting.put(asked)
+            if self._threads < self._in_flight:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"ahi-ml-fetch-{self._threads}", daemon=True).start()
+        return asked.future
 
-    def _fetch(self, image_set_id: str, frame_id: str) -> bytes:
-        with translated("GetImageFrame", f"frame {frame_id} of image set {image_set_id}"):
-            answer = self._client.get_image_frame(
+    def _work(self) -> None:
+        while (asked := self._waiting.get()) is not None:
+            with self._lock:
+                if asked.future not in self._unsettled:
+                    continue
+                if not asked.future.set_running_or_notify_cancel():
+                    del self._unsettled[asked.future]
+                    continue
+            outcome: bytes | Exception
+            try:
+                outcome = self._fetch(asked)
+            except AhiError as error:
+                outcome = error
+            except Exception as error:
+                outcome = unsent("GetImageFrame", error, asked.where)
+            with self._lock:
+                if self._unsettled.pop(asked.future, None) is None:
+                    continue
+            if isinstance(outcome, bytes):
+                asked.future.set_result(outcome)
+            else:
+                asked.future.set_exception(outcome)
+
+    def _fetch(self, asked: _Asked) -> bytes:
+        sent = 0
+        while True:
+            answer: dict[str, Any] = {}
+            try:
+                with translated("GetImageFrame", asked.where):
+                    answer = self._ask(asked)
+                    data: bytes = answer["imageFrameBlob"].read()
+                if not (problem := misfit(len(data), answer.get("contentType", ""))):
+                    return data
+                raise no_answer("GetImageFrame", problem, asked.where)
+            except ServiceError as error:
+                sent += _sent(answer, error)
+                if not error.retryable or sent >= ATTEMPTS or self._closed.wait(pause_s(sent)):
+                    raise
+
+    def _ask(self, asked: _Asked) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = self._client.get_image_frame(
                 datastoreId=self._datastore_id,
-                imageSetId=image_set_id,
-                imageFrameInformation={"imageFrameId": frame_id},
+                imageSetId=asked.image_set_id,
+                imageFrameInformation={"imageFrameId": asked.frame_id},
             )
-            data: bytes = answer["imageFrameBlob"].read()
-        if not data:
-            raise ConnectionFailedError(
-                f"GetImageFrame for frame {frame_id} of image set {image_set_id}: an empty body",
-                operation="GetImageFrame",
-                retryable=True,
-            )
-        return data
+        except (AttributeError, RecursionError, UnicodeDecodeError) as error:
+            # Botocore's parser, on the body of an error that is no error document.
+            raise no_answer("GetImageFrame", type(error).__name__, asked.where) from error
+        return answer
 
     def close(self) -> None:
-        """Cancel what has not started and end the threads. I/O: waits for requests under way."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Drop every request and let the threads end; those under way end with their request. I/O: none."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            dropped = [
+                each
+                for each in self._unsettled.values()
+                if each.future.running() or each.future.set_running_or_notify_cancel()
+            ]
+            self._unsettled.clear()
+            for _ in range(self._threads):
+                self._waiting.put(None)
+        for each in dropped:
+            each.future.set_exception(closed("GetImageFrame", each.where))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    image_set_id: str
+    frame_id: str
+    future: Future[bytes] = field(default_factory=Future)
+
+    @property
+    def where(self) -> str:
+        return f"frame {self.frame_id} of image set {self.image_set_id}"
+
+
+def _sent(answer: dict[str, Any], error: ServiceError) -> int:
+    """How many requests boto3 sent for one call."""
+    cause = error.__cause__
+    if isinstance(cause, botocore_errors.ClientError):
+        answer = cause.response
+    elif not answer and isinstance(cause, botocore_errors.ConnectionError | botocore_errors.HTTPClientError):
+        return ATTEMPTS  # it raises these when it gives up
+    return 1 + int(answer.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
 class BestTransport:
@@ -99,6 +192,7 @@ class BestTransport:
         self._lean: CurlTransport | None = None
         self._boto3: Boto3Transport | None = None
         self._tried = False
+        self._closed = False
 
     def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
         """Start fetching the encoded bytes of a frame; see `FrameTransport`."""
@@ -108,6 +202,8 @@ class BestTransport:
         if self._lean is not None and not self._connection.hooked:
             return self._lean
         with self._lock:
+            if self._closed:
+                raise closed("GetImageFrame")
             if not self._tried:
                 self._tried = True
                 endpoint = lean_endpoint(self._connection)
@@ -120,6 +216,8 @@ class BestTransport:
 
     def close(self) -> None:
         """Close whichever was used."""
+        with self._lock:
+            self._closed = True
         for transport in (self._lean, self._boto3):
             if transport is not None:
                 transport.close()
@@ -137,7 +235,8 @@ def lean_endpoint(connection: Connection) -> LeanEndpoint | None:
         return None
     client, session = connection.client, connection.session
     config = client.meta.config
-    credentials = session.get_credentials()
+    with translated("GetImageFrame"):
+        credentials = session.get_credentials()
     if credentials is None or getattr(config, "proxies_config", None) or config.signature_version not in (None, "v4"):
         return None
     with translated("GetImageFrame"):
@@ -152,14 +251,16 @@ def lean_endpoint(connection: Connection) -> LeanEndpoint | None:
         )
     parts = urlsplit(url)
     base = f"{parts.scheme}://{parts.netloc}{parts.path.partition('/datastore/')[0]}"
-    proxies = config.proxies if config.proxies is not None else get_environ_proxies(base)
+    # As the client reads them, NO_PROXY included: for the endpoint, without the prefix of an operation.
+    proxies = config.proxies if config.proxies is not None else get_environ_proxies(client.meta.endpoint_url)
+    trusted = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True
     certificate = config.client_cert
     return LeanEndpoint(
         base_url=base,
         credentials=credentials,
         region=client.meta.region_name,
-        proxy=(proxies or {}).get(parts.scheme, ""),
-        ca_bundle=get_cert_path(session.get_config_variable("ca_bundle") or True),
+        proxy=ProxyConfiguration(proxies).proxy_url_for(base) or "",
+        ca_bundle=get_cert_path(trusted),
         client_certificate=(certificate, None) if isinstance(certificate, str) else certificate,
         connect_timeout_s=_seconds(config.connect_timeout),
         read_timeout_s=_seconds(config.read_timeout),

@@ -189,7 +189,7 @@ def _jpeg2000(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | No
     # The codec checks the size of `out` but not its sign, so only an exact match may decode into it.
     direct = out is not None and info.signed == pixels.signed and _container(info.precision) == out.itemsize
     image = jpeg2000.decode_stream(data, info, out=out if direct else None)
-    if False:
+    if info.signed != pixels.signed and pixels.samples == 1:
         return _extend_sign(image, info.precision, pixels)
     return image
 

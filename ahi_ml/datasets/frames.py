@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ahi_ml.cache import FrameCache
 from ahi_ml.errors import AhiError, ConfigError, DataError
-from ahi_ml.index import DatasetIndex, FrameSource
+from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
 from ahi_ml.pixels import Window
 from ahi_ml.reader import Batch, ReadOptions
 from ahi_ml.store import DataStore
@@ -29,6 +29,16 @@ Transform = Callable[[Item], Item]
 _TORCH_SAFE: dict[str, np.dtype[Any]] = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
 _SKIP_RATE = 0.01
 _SKIP_GRACE = 5
+
+
+class _TensorOptions(ReadOptions):
+    """Options whose results torch can hold: wider integers where it has no arithmetic for the stored ones."""
+
+    __slots__ = ()
+
+    def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
+        dtype = super().result_dtype(profile)
+        return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype.name, dtype)
 
 
 @dataclass(eq=False)
@@ -106,7 +116,7 @@ class FrameDataset(Dataset[Item]):
         self.store = store
         self.index = index
         steps, self._transform = _divide_transform(transform)
-        self.options = ReadOptions(output, dtype, steps, padding, window, verify)
+        self.options = _TensorOptions(output, dtype, steps, padding, window, verify)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
         self.cache = (
@@ -196,8 +206,6 @@ class FrameDataset(Dataset[Item]):
     def _form(self, source: FrameSource) -> tuple[tuple[int, ...], np.dtype[Any]]:
         shape = source.profile.shape(self.options.output)
         dtype = self.options.result_dtype(source.profile)
-        if self.options.dtype is None:
-            dtype = _TORCH_SAFE.get(dtype.name, dtype)
         return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), dtype
 
     def items(self, pending: PendingBatch) -> list[Item]:

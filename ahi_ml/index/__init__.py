@@ -125,7 +125,7 @@ class DatasetIndex:
             column = self._column(name)
             values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
             try:
-                mask = pc.and_(mask, pc.is_in(column, pa.array(values)))
+                mask = pc.and_(mask, expression.member(column, values))
             except (pa.ArrowException, OverflowError, UnicodeError) as error:
                 raise ConfigError(f"cannot compare {name} with {wanted!r}: {error}") from error
         return self[np.asarray(mask.to_numpy(zero_copy_only=False), bool)]

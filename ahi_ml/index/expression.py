@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ahi_ml.errors import ConfigError
 
-__all__ = ["columns_of", "evaluate", "unknown_column"]
+__all__ = ["columns_of", "evaluate", "member", "unknown_column"]
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: pc.equal,
@@ -57,6 +57,22 @@ def columns_of(expression: str) -> set[str]:
         It cannot be parsed.
     """
     return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)}
+
+
+def member(column: Any, choices: Sequence[Any]) -> Any:
+    """Where a column has one of some values; null is one only when it is among them. I/O: none.
+
+    Raises
+    ------
+    pyarrow.ArrowException, OverflowError, UnicodeError
+        Values that do not compare with the column's.
+    """
+    values = pa.array(choices)
+    if pa.types.is_null(values.type):
+        values = pa.nulls(len(values), column.type)
+    elif pa.types.is_string(values.type) != pa.types.is_string(column.type):  # Arrow would read text as numbers
+        raise pa.ArrowTypeError(f"values of type {values.type} for a column of type {column.type}")
+    return pc.is_in(column, values)
 
 
 def evaluate(expression: str, columns: dict[str, Any]) -> Any:
@@ -147,7 +163,7 @@ def _compare(left: ast.expr, sign: ast.cmpop, right: ast.expr, columns: dict[str
         value = _column(left, columns)
         if not isinstance(right, ast.Tuple | ast.List | ast.Set):
             raise ConfigError("the right side of 'in' is a list of literals")
-        inside = pc.is_in(value, pa.array([_value(each, columns) for each in right.elts]))
+        inside = member(value, [_value(each, columns) for each in right.elts])
         return pc.and_not(value.is_valid(), inside) if isinstance(sign, ast.NotIn) else inside
     compare = _COMPARISONS.get(type(sign))
     if compare is None:

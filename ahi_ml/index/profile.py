@@ -91,7 +91,7 @@ class FrameProfile:
             # A VOI LUT is addressed by modality values, which are signed once an intercept is.
             voi = _table(tables.get("VOILUTSequence"), signed or rescale.intercept < 0)
             palette = _palette(tables.get("Palette"), signed)
-        except (ValueError, TypeError, LookupError, OverflowError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise MetadataError(f"a look-up table of these frames cannot be used: {error}") from error
         syntax = row["StoredTransferSyntaxUID"] or HTJ2K_LOSSLESS_RPCL
         padding = row["PixelPaddingValue"]

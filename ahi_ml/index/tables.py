@@ -85,11 +85,11 @@ class Tables:
         try:
             reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
             metadata = reader.schema.metadata or {}
+            version, snapshot_id = (metadata.get(key, b"").decode() for key in (_VERSION_KEY, _SNAPSHOT_KEY))
         except FileNotFoundError as error:
             raise ConfigError(f"no index at {path}") from error
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise ConfigError(f"{path} is not an index: {error}") from error
-        version = metadata.get(_VERSION_KEY, b"").decode()
         if version != str(SCHEMA_VERSION):
             raise ConfigError(
                 f"{path} is {'no index' if not version else f'an index of format version {version}'}; this release "
@@ -107,9 +107,9 @@ class Tables:
                 )
                 if tables[name].schema.names[: len(schema)] != schema.names:
                     raise KeyError(name)
-        except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, AttributeError, pa.ArrowException) as error:
             raise ConfigError(f"{path} is a damaged index: build it again ({error})") from error
-        return cls(**tables), metadata.get(_SNAPSHOT_KEY, b"").decode()
+        return cls(**tables), snapshot_id
 
 
 @contextmanager

@@ -244,7 +244,7 @@ class TestItems:
             dataset.__getitems__([0, row])
 
     def test_slices_masks_and_row_numbers_select(self, dataset: FrameDataset, ct: DatasetIndex) -> None:
-        mask = np.asarray(ct.frames["InstanceNumber"] % 2 == 0, bool)
+        mask = ct.frames["InstanceNumber"].to_numpy(np.int64) % 2 == 0
         cases: list[tuple[Any, list[int]]] = [
             (slice(5, 9), [5, 6, 7, 8]),
             (slice(None, None, -20), [62, 42, 22, 2]),

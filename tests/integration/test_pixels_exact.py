@@ -56,7 +56,7 @@ _REFUSED = frozenset({"TC0265_depth_100.dcm"})
 _NO_FILES = frozenset({".py", ".pyc", ".json", ".csv", ".md", ".gz", ".txt"})
 
 
-@dataclass
+@dataclass(repr=False)
 class _File:
     """A file, what pydicom makes of it, and what became of it."""
 
@@ -81,6 +81,9 @@ class _File:
     @property
     def kept(self) -> bool:
         return self.syntax in SYNTAXES and SYNTAXES[self.syntax].kept
+
+    def __repr__(self) -> str:
+        return f"<{self.row()}>"
 
     def row(self) -> str:
         bits = "-"

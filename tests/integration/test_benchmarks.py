@@ -1,0 +1,100 @@
+"""Every benchmark runs at toy size and says what it measured; how fast is not asked here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MEASURED = {
+    "cold_epoch": {
+        "FrameLoader: running": "frames/s",
+        "plain DataLoader(2): first epoch": "frames/s",
+        "FrameLoader: client CPU": "ms/frame",
+        "floor: decode": "ms CPU/frame",
+    },
+    "warm_epoch": {"float32: FrameLoader": "frames/s", "float32: decode and convert": "frames/s"},
+    "embedded_store": {"import": "files/s", "server CPU, 32 in flight, 0 ms latency": "ms/request"},
+    "import_time": {"import ahi_ml, over it": "s"},
+}
+BUDGETS = {"cold_epoch": 7, "warm_epoch": 2, "embedded_store": 3, "import_time": 1}
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("psutil")
+    monkeypatch.syspath_prepend(ROOT)  # the wheel leaves them out; spawned processes inherit the path
+
+
+def _check(outcome: dict[str, Any], name: str) -> None:
+    assert outcome["benchmark"] == name
+    assert outcome["size"] == "toy"
+    units = {each["name"]: each["unit"] for each in outcome["measurements"]}
+    assert len(units) == len(outcome["measurements"]), "two measurements of one name"
+    assert MEASURED[name].items() <= units.items()
+    for each in outcome["measurements"]:
+        assert each["n"] == len(each["values"]) >= 1
+        assert all(math.isfinite(value) for value in (each["p50"], each["p90"], *each["values"])), each["name"]
+    for each in outcome["ratios"]:
+        assert math.isfinite(each["value"]), each["name"]
+        assert each["at_least"] is None or each["at_most"] is None
+        assert (each["met"] is None) == (each["at_least"] is None and each["at_most"] is None)
+    assert sum(each["met"] is not None for each in outcome["ratios"]) == BUDGETS[name]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_benchmark_says_what_it_measured(name: str) -> None:
+    outcome = importlib.import_module(f"benchmarks.{name}").run("toy")
+
+    _check(outcome, name)
+    assert "/" not in json.dumps(outcome["parameters"]), "a path in the parameters"
+
+
+def test_all_benchmarks_are_listed_and_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    runner = importlib.import_module("benchmarks.runner")
+
+    assert runner.main([]) == 0
+
+    listed = capsys.readouterr().out
+    assert set(runner.BENCHMARKS) == set(MEASURED)
+    assert all(name in listed for name in MEASURED)
+
+
+def test_the_command_writes_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = importlib.import_module("benchmarks.runner")
+    target = tmp_path / "result.json"
+
+    assert runner.main(["import_time", "--size", "toy", "--json", str(target), "--date", "2024-01-01"]) == 0
+
+    written = json.loads(target.read_text(encoding="utf-8"))
+    _check(written, "import_time")
+    assert written["date"] == "2024-01-01"
+    assert {"commit", "versions", "machine", "parameters"} <= written.keys()
+    assert written["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    printed = capsys.readouterr().out
+    assert all(each["name"] in printed for each in [*written["measurements"], *written["ratios"]])
+
+
+def test_slices_are_distinct_and_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydicom
+
+    data = importlib.import_module("benchmarks.data")
+    monkeypatch.setenv("AHI_ML_TEST_DATA", str(tmp_path / "absent"))
+
+    assert data.make_slices(tmp_path / "one", 43) == "phantom"
+    assert data.make_slices(tmp_path / "two", 43) == "phantom"
+
+    one, two = ([pydicom.dcmread(path) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two"))
+    assert len({slice_.SOPInstanceUID for slice_ in one}) == 43
+    assert len({slice_.PixelData for slice_ in one}) == 43
+    assert len({slice_.SeriesInstanceUID for slice_ in one}) == 2
+    assert [slice_.PixelData for slice_ in one] == [slice_.PixelData for slice_ in two]
+    assert [slice_.SOPInstanceUID for slice_ in one] == [slice_.SOPInstanceUID for slice_ in two]

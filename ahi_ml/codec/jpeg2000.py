@@ -232,3 +232,10 @@ def encode_j2k(image: AnyArray) -> bytes:
         codecformat="J2K",
         resolutions=_levels(image.shape[0], image.shape[1]) + 1,
     )
+
+
+# OpenJPH fills its tables at their first use, and without a lock: frames that several threads encode at
+# that moment come out damaged (https://github.com/aous72/OpenJPH/pull/243). Modules load in one thread
+# only, so this first use is here. 8, 16 and 32 bits take different ways through it.
+for _dtype in (np.uint8, np.int16, np.int32):
+    imagecodecs.htj2k_decode(encode_htj2k(np.zeros((2, 2), _dtype)))

@@ -147,8 +147,8 @@ class FrameDataset(Dataset[Item]):
 
     @property
     def transforms_items(self) -> bool:
-        """Whether items pass through a callable of the user's."""
-        return self._transform is not None
+        """Whether items pass through a callable of the user's, which may keep them or change them."""
+        return self._transform is not None or callable(self._target)
 
     def __getitem__(self, row: Any) -> Any:
         """The item of a row; a slice or a boolean mask gives a dataset of those rows.

@@ -34,15 +34,6 @@ _MOST_SAMPLES = 2**31
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
 
-# OpenJPH fills its tables at their first use, and without a lock: frames that threads encode at that
-# moment come out damaged (https://github.com/aous72/OpenJPH/pull/243). Modules load in one thread only.
-codec.decode(
-    jpeg2000.encode_htj2k(np.zeros((1, 1), np.uint8)),
-    HTJ2K_LOSSLESS_RPCL,
-    PixelFormat(1, 1, 1, 8, 8, False, "MONOCHROME2"),
-)
-
-
 class PixelFailure(Exception):
     """The pixel data of a file cannot be stored; the text says why, for the job's report."""
 

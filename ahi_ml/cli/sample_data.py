@@ -9,10 +9,8 @@ Heavy imports stay inside the functions: a command line that only prints its hel
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ahi_ml.cli.sample_dicom import GREY_MATTER, WHITE_MATTER, Grid, Profile, write_patient, write_whole
 from ahi_ml.errors import ConfigError, DataError
 from ahi_ml.types import AnyArray, FloatArray
 
 if TYPE_CHECKING:
-    from pydicom import DataElement, Dataset
-    from pydicom.uid import UID
+    pass
 
 __all__ = [
     "BACKGROUND",
@@ -37,13 +35,11 @@ __all__ = [
     "write_sample_dicom",
 ]
 
-BACKGROUND, GREY_MATTER, WHITE_MATTER = 0, 1, 2
+BACKGROUND = 0
 """Values of a mask. Grey and white are also the segment numbers in the DICOM Segmentations."""
 
 DERIVED_SUBJECTS = 5
 
-# Part of every UID: change it whenever the same names would stand for other pixels.
-_EDITION = "ahi_ml sample data, edition 1"
 
 _PACKAGES = ("nilearn", "nibabel", "scipy", "highdicom")
 _TEMPLATE_FILE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -103,48 +99,6 @@ class SampleData:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Where a series' voxels lie: axial, rows towards the left, columns towards the back.
-
-    `origin` is the centre of voxel (0, 0, 0) in LPS, mm; `spacing` is (dz, dy, dx), mm.
-    """
-
-    shape: tuple[int, int, int]
-    origin: tuple[float, float, float]
-    spacing: tuple[float, float, float]
-
-    def axes_ras(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """RAS coordinates, mm, of the slices (z), the rows (y) and the columns (x)."""
-        x, y, z = self.origin
-        dz, dy, dx = self.spacing
-        planes, rows, columns = (np.arange(n, dtype=np.float64) for n in self.shape)
-        return z + dz * planes, -(y + dy * rows), -(x + dx * columns)
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """A patient to write: names and place, all known before any pixel is computed."""
-
-    key: str
-    patient_id: str
-    patient_name: str
-    description: str
-    derivation: str
-    grid: _Grid
-
-    def image_names(self) -> list[str]:
-        return [f"{self.key}/mr-{number:03d}.dcm" for number in range(1, self.grid.shape[0] + 1)]
-
-    def segmentation_name(self) -> str:
-        return f"{self.key}/seg.dcm"
-
-    def uid(self, *parts: object) -> UID:
-        from pydicom.uid import generate_uid
-
-        return generate_uid(entropy_srcs=[_EDITION, self.key, *map(str, parts)])
-
-
-@dataclass(frozen=True)
 class _Template:
     """The three volumes as the package has them, uint8, indexed (x, y, z) in RAS, 1 mm."""
 
@@ -156,24 +110,24 @@ class _Template:
 # 96 columns and 112 rows hold the brain with a margin, divide by 16 (four halvings in a network), and
 # make a bit-packed frame of the segmentation end on a whole byte. Every second voxel of the template
 # in each direction falls on this grid, so its values can be taken as they are.
-_TEMPLATE_PROFILE = _Profile(
+_TEMPLATE_PROFILE = Profile(
     key="mni152-template",
     patient_id="SAMPLE-MNI152",
     patient_name="MNI152^Template",
     description="MNI ICBM152 2009a T1 average",
     derivation="Average of 152 brains; every second voxel of the 1 mm template, values unchanged",
-    grid=_Grid(shape=(78, 112, 96), origin=(-96.0, -94.0, -72.0), spacing=(2.0, 2.0, 2.0)),
+    grid=Grid(shape=(78, 112, 96), origin=(-96.0, -94.0, -72.0), spacing=(2.0, 2.0, 2.0)),
 )
 
 
-def _derived_profile(number: int) -> _Profile:
-    return _Profile(
+def _derived_profile(number: int) -> Profile:
+    return Profile(
         key=f"derived-{number}",
         patient_id=f"SAMPLE-DERIVED-{number}",
         patient_name=f"Derived{number}^Template",
         description=f"MNI ICBM152 T1, deformed, no. {number}",
         derivation="MNI ICBM152 template with a seeded deformation, intensity change and noise; no person",
-        grid=_Grid(shape=(40, 112, 96), origin=(-96.0, -94.0, -68.0), spacing=(4.0, 2.0, 2.0)),
+        grid=Grid(shape=(40, 112, 96), origin=(-96.0, -94.0, -68.0), spacing=(4.0, 2.0, 2.0)),
     )
 
 
@@ -224,7 +178,7 @@ def write_sample_dicom(folder: Path, *, progress: Callable[[str], None] | None =
         for number, profile in missing:
             say(f"writing {profile.patient_id}: {profile.grid.shape[0]} MR slices and their segmentation")
             image, mask = _derived_volume(template, profile.grid, number) if number else _plain_volume(template)
-            written += _write_patient(folder, profile, image, mask)
+            written += write_patient(folder, profile, image, mask)
 
     assorted, copied = _copy_assorted(folder / "assorted", say)
     return SampleData(
@@ -328,7 +282,7 @@ def _plain_volume(template: _Template) -> tuple[AnyArray, AnyArray]:
     return t1.astype(np.uint16), _labels(grey, white)
 
 
-def _derived_volume(template: _Template, grid: _Grid, seed: int) -> tuple[AnyArray, AnyArray]:
+def _derived_volume(template: _Template, grid: Grid, seed: int) -> tuple[AnyArray, AnyArray]:
     """Another brain shape and scanner setting: image and tissue maps warped as one, then the image changed.
 
     The size of the effects (rotation to 6 degrees, size to 7 %, warp of some millimetres) stays within
@@ -386,138 +340,6 @@ def _labels(grey: AnyArray, white: AnyArray) -> AnyArray:
     return mask
 
 
-def _write_patient(folder: Path, profile: _Profile, image: AnyArray, mask: AnyArray) -> int:
-    slices = list(_slices(profile, image))
-    segmentation = _segmentation(profile, slices, mask)
-    names = [*profile.image_names(), profile.segmentation_name()]
-    for name, dataset in zip(names, [*slices, segmentation], strict=True):
-        _write_whole(folder / name, partial(dataset.save_as, enforce_file_format=True))
-    return len(names)
-
-
-def _slices(profile: _Profile, image: AnyArray) -> Iterator[Dataset]:
-    """MR Image Storage datasets, one a slice. Dates stay empty: nobody was scanned on any day."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
-
-    dz, dy, dx = profile.grid.spacing
-    x, y, z = profile.grid.origin
-    brightest = int(np.percentile(image[image > 0], 99.5))
-    for index, frame in enumerate(image):
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = MRImageStorage
-        meta.MediaStorageSOPInstanceUID = profile.uid("mr", index)
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-
-        ds = Dataset()
-        ds.file_meta = meta
-        ds.SpecificCharacterSet = "ISO_IR 192"
-        ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
-        ds.SOPClassUID = MRImageStorage
-        ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-
-        ds.PatientName = profile.patient_name
-        ds.PatientID = profile.patient_id
-        ds.PatientBirthDate = ds.PatientSex = ""
-        ds.PatientIdentityRemoved = "YES"
-        ds.DeidentificationMethod = "Average of many people; shows no person"
-        ds.StudyInstanceUID = profile.uid("study")
-        ds.StudyDate = ds.StudyTime = ds.AccessionNumber = ds.ReferringPhysicianName = ""
-        ds.StudyID = "1"
-        ds.StudyDescription = "ahi_ml sample"
-
-        ds.Modality = "MR"
-        ds.SeriesInstanceUID = profile.uid("mr series")
-        ds.SeriesNumber = 1
-        ds.SeriesDescription = profile.description
-        ds.BodyPartExamined = "BRAIN"
-        ds.PatientPosition = "HFS"
-        ds.FrameOfReferenceUID = profile.uid("frame of reference")
-        ds.PositionReferenceIndicator = ""
-        ds.Manufacturer = ""
-
-        ds.ScanningSequence = "RM"
-        ds.SequenceVariant = "NONE"
-        ds.ScanOptions = ""
-        ds.MRAcquisitionType = "3D"
-        ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
-        ds.DerivationDescription = profile.derivation
-
-        ds.InstanceNumber = index + 1
-        ds.ImagePositionPatient = [x, y, z + index * dz]
-        ds.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-        ds.PixelSpacing = [dy, dx]
-        ds.SliceThickness = dz
-        ds.SpacingBetweenSlices = dz
-
-        ds.SamplesPerPixel = 1
-        ds.PhotometricInterpretation = "MONOCHROME2"
-        ds.Rows, ds.Columns = frame.shape
-        ds.BitsAllocated = 16
-        ds.BitsStored = 12
-        ds.HighBit = 11
-        ds.PixelRepresentation = 0
-        ds.WindowCenter = brightest // 2
-        ds.WindowWidth = brightest
-        ds.LossyImageCompression = "00"
-        ds.PixelData = np.ascontiguousarray(frame, dtype="<u2").tobytes()
-        yield ds
-
-
-def _segmentation(profile: _Profile, slices: list[Dataset], mask: AnyArray) -> Dataset:
-    """BINARY DICOM Segmentation of the slices; what highdicom takes from clock and chance is replaced."""
-    import highdicom
-    from pydicom.sr.codedict import codes
-
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="Tissue map above one half", family=codes.DCM.HistogramAnalysis, version="1"
-    )
-    segments = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=label,
-            segmented_property_category=codes.SCT.Tissue,
-            segmented_property_type=kind,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for number, label, kind in (
-            (GREY_MATTER, "Grey matter", codes.SCT.GrayMatter),
-            (WHITE_MATTER, "White matter", codes.SCT.WhiteMatter),
-        )
-    ]
-    segmentation: Dataset = highdicom.seg.Segmentation(
-        source_images=slices,
-        pixel_array=mask,
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=segments,
-        series_instance_uid=profile.uid("seg series"),
-        series_number=2,
-        sop_instance_uid=profile.uid("seg"),
-        instance_number=1,
-        manufacturer="ahi_ml",
-        manufacturer_model_name="sample data",
-        software_versions="1",
-        device_serial_number="1",
-        content_label="TISSUE",
-        content_description="Grey and white matter",
-        series_description="Grey and white matter",
-    )
-    # A date is required here; it is the template's year, not a day anything was done on.
-    segmentation.ContentDate = "20090101"
-    segmentation.ContentTime = "000000"
-    organization = profile.uid("dimensions")
-
-    def settle(dataset: Dataset, element: DataElement) -> None:
-        if element.keyword == "DimensionOrganizationUID":
-            element.value = organization
-        elif element.keyword in ("InstanceCreationDate", "InstanceCreationTime", "ContributionDateTime"):
-            del dataset[element.tag]
-
-    segmentation.walk(settle)
-    return segmentation
-
-
 def _copy_assorted(folder: Path, say: Callable[[str], None]) -> tuple[tuple[Path, ...], int]:
     """Copy pydicom's own files, and larger ones of pydicom-data; return all, and how many are new."""
     from pydicom.data import get_testdata_file
@@ -533,23 +355,10 @@ def _copy_assorted(folder: Path, say: Callable[[str], None]) -> tuple[tuple[Path
                 raise DataError(f"the installed pydicom has no test file {name}; try pydicom 3.0")
             if not new:
                 say("copying single files of other kinds")
-            _write_whole(path, partial(shutil.copyfile, source))
+            write_whole(path, partial(shutil.copyfile, source))
             new += 1
         present.append(path)
     return tuple(present), new
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a neighbour of `path`, then put it in place: nobody meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _provenance(assorted: int) -> tuple[str, ...]:

@@ -182,7 +182,7 @@ class Gatherer:
                 {"series": series, "sop_instance_uid": instance.sop_instance_uid, **instance.attributes}
             )
             for frame in instance.frames:
-                frames["frame_id"].append(_packed(frame.frame_id))
+                frames["frame_id"].append(_packed(frame.frame_id, record.image_set_id))
                 frames["instance"].append(number)
                 frames["frame_number"].append(frame.number)
                 frames["profile"].append(self._profiles.setdefault(frame.profile, len(self._profiles)))
@@ -224,11 +224,15 @@ def _int32(value: int | None) -> int | None:
     return value if value is not None and -(2**31) <= value < 2**31 else None
 
 
-def _packed(frame_id: str) -> bytes:
+def _packed(frame_id: str, image_set_id: str) -> bytes:
     try:
         packed = bytes.fromhex(frame_id)
     except ValueError:
         packed = b""
     if len(packed) != 16 or packed.hex() != frame_id:
-        raise MetadataError(f"the frame id {frame_id!r} is not 32 hexadecimal digits", frame_id=frame_id)
+        raise MetadataError(
+            f"the frame id {frame_id!r} in image set {image_set_id} is not 32 hexadecimal digits",
+            image_set_id=image_set_id,
+            frame_id=frame_id,
+        )
     return packed

@@ -12,137 +12,24 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from ahi_ml.errors import LocalStoreError
+from ahi_ml.local.rows import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    Datastore,
+    FrameRow,
+    ImageSet,
+    Job,
+    Version,
+    image_set_from,
+    version_from,
+)
 
 __all__ = ["Catalog", "Datastore", "FrameRow", "ImageSet", "Job", "Version"]
-
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE datastores(
-    id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, storage_format TEXT NOT NULL,
-    created REAL NOT NULL, updated REAL NOT NULL, client_token TEXT UNIQUE, kms_key_arn TEXT, authorizer_arn TEXT);
-CREATE TABLE jobs(
-    id TEXT PRIMARY KEY, datastore_id TEXT NOT NULL, name TEXT, status TEXT NOT NULL, role_arn TEXT NOT NULL,
-    input_uri TEXT NOT NULL, output_uri TEXT NOT NULL, submitted REAL NOT NULL, ended REAL, message TEXT,
-    client_token TEXT, configuration TEXT, UNIQUE(datastore_id, client_token));
-CREATE INDEX jobs_by_store ON jobs(datastore_id, submitted, id);
-CREATE TABLE image_sets(
-    id TEXT PRIMARY KEY, datastore_id TEXT NOT NULL, is_primary INTEGER NOT NULL, version INTEGER NOT NULL,
-    created REAL NOT NULL, updated REAL NOT NULL, accessed REAL NOT NULL, deleted REAL,
-    patient_id TEXT, accession_number TEXT, study_id TEXT, study_uid TEXT, series_uid TEXT, study_moment TEXT,
-    study_key TEXT NOT NULL, series_key TEXT NOT NULL, tags TEXT NOT NULL);
-CREATE INDEX image_sets_updated ON image_sets(datastore_id, updated, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_created ON image_sets(datastore_id, created, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_moment ON image_sets(datastore_id, study_moment, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_patient ON image_sets(datastore_id, patient_id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_accession ON image_sets(datastore_id, accession_number) WHERE deleted IS NULL;
-CREATE INDEX image_sets_study_id ON image_sets(datastore_id, study_id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_study ON image_sets(datastore_id, study_uid) WHERE deleted IS NULL;
-CREATE INDEX image_sets_series ON image_sets(datastore_id, series_uid) WHERE deleted IS NULL;
-CREATE TABLE versions(
-    image_set_id TEXT NOT NULL, version INTEGER NOT NULL, state TEXT NOT NULL, workflow TEXT NOT NULL,
-    updated REAL NOT NULL, message TEXT, forced INTEGER, is_primary INTEGER NOT NULL,
-    PRIMARY KEY(image_set_id, version)) WITHOUT ROWID;
-CREATE TABLE documents(
-    image_set_id TEXT NOT NULL, version INTEGER NOT NULL, body BLOB NOT NULL, UNIQUE(image_set_id, version));
-CREATE TABLE frames(
-    image_set_id TEXT NOT NULL, frame_id TEXT NOT NULL, blob TEXT NOT NULL, content_type TEXT NOT NULL,
-    PRIMARY KEY(image_set_id, frame_id)) WITHOUT ROWID;
-CREATE TABLE tags(arn TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY(arn, key)) WITHOUT ROWID;
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Datastore:
-    """A data store of the folder."""
-
-    id: str
-    name: str
-    status: str
-    storage_format: str
-    created: float
-    updated: float
-    client_token: str | None = None
-    kms_key_arn: str | None = None
-    authorizer_arn: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """An import job."""
-
-    id: str
-    datastore_id: str
-    name: str | None
-    status: str
-    role_arn: str
-    input_uri: str
-    output_uri: str
-    submitted: float
-    ended: float | None = None
-    message: str | None = None
-    client_token: str | None = None
-    configuration: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSet:
-    """The latest state of an image set, with what a search can ask for."""
-
-    id: str
-    datastore_id: str
-    is_primary: bool
-    version: int
-    created: float
-    updated: float
-    accessed: float
-    deleted: float | None
-    patient_id: str | None
-    accession_number: str | None
-    study_id: str | None
-    study_uid: str | None
-    series_uid: str | None
-    study_moment: str | None
-    study_key: str
-    series_key: str
-    tags: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One version of an image set."""
-
-    image_set_id: str
-    version: int
-    state: str
-    workflow: str
-    updated: float
-    message: str | None
-    forced: bool | None
-    is_primary: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRow:
-    """Where the bytes of a frame are."""
-
-    frame_id: str
-    blob: str
-    content_type: str
-
-
-def _image_set(row: Sequence[Any]) -> ImageSet:
-    fields = dict(zip(ImageSet.__dataclass_fields__, row, strict=True))
-    return ImageSet(**{**fields, "is_primary": bool(row[2]), "tags": json.loads(row[16])})
-
-
-def _version(row: Sequence[Any]) -> Version:
-    forced = None if row[6] is None else bool(row[6])
-    return Version(row[0], row[1], row[2], row[3], row[4], row[5], forced, bool(row[7]))
 
 
 class Catalog:
@@ -176,10 +63,10 @@ class Catalog:
                 self._db.execute(f"PRAGMA {pragma}")
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found == 0:
-                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
-            elif found != _SCHEMA_VERSION:
+                self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            elif found != SCHEMA_VERSION:
                 raise LocalStoreError(
-                    f"the catalog {path} has schema version {found}, this release reads {_SCHEMA_VERSION}: "
+                    f"the catalog {path} has schema version {found}, this release reads {SCHEMA_VERSION}: "
                     "open it with the release that made it, or import into a new folder"
                 )
         except sqlite3.Error as error:
@@ -303,14 +190,14 @@ class Catalog:
     def image_set(self, datastore_id: str, image_set_id: str) -> ImageSet | None:
         """The image set of this id, deleted ones included."""
         row = self._one("SELECT * FROM image_sets WHERE id=? AND datastore_id=?", (image_set_id, datastore_id))
-        return _image_set(row) if row else None
+        return image_set_from(row) if row else None
 
     def image_set_of(self, image_set_id: str) -> ImageSet:
         """The image set of an id that is known to exist."""
         row = self._one("SELECT * FROM image_sets WHERE id=?", (image_set_id,))
         if row is None:
             raise LocalStoreError(f"the catalog has no image set {image_set_id}")
-        return _image_set(row)
+        return image_set_from(row)
 
     def count_image_sets(self, datastore_id: str) -> int:
         """How many image sets are not deleted."""
@@ -324,7 +211,7 @@ class Catalog:
             "ORDER BY created, id",
             (datastore_id, study_uid),
         )
-        return [_image_set(row) for row in rows]
+        return [image_set_from(row) for row in rows]
 
     def series_image_sets(self, datastore_id: str, series_uid: str) -> list[ImageSet]:
         """The image sets of a series, primary or not, oldest first."""
@@ -332,7 +219,7 @@ class Catalog:
             "SELECT * FROM image_sets WHERE datastore_id=? AND series_uid=? AND deleted IS NULL ORDER BY created, id",
             (datastore_id, series_uid),
         )
-        return [_image_set(row) for row in rows]
+        return [image_set_from(row) for row in rows]
 
     def search(
         self,
@@ -366,7 +253,7 @@ class Catalog:
             values += after
         way = "DESC" if descending else "ASC"
         sql += f" ORDER BY {column} {way}, id {way} LIMIT ?"
-        return [_image_set(row) for row in self._all(sql, [*values, limit])]
+        return [image_set_from(row) for row in self._all(sql, [*values, limit])]
 
     def touch(self, image_set_id: str, moment: float) -> None:
         """Note an access."""
@@ -384,7 +271,7 @@ class Catalog:
     def version(self, image_set_id: str, version: int) -> Version | None:
         """One version of an image set."""
         row = self._one("SELECT * FROM versions WHERE image_set_id=? AND version=?", (image_set_id, version))
-        return _version(row) if row else None
+        return version_from(row) if row else None
 
     def versions(self, image_set_id: str, *, before: int | None = None, limit: int = -1) -> list[Version]:
         """Versions, newest first."""
@@ -393,11 +280,11 @@ class Catalog:
             f"ORDER BY version DESC LIMIT {int(limit)}",
             (image_set_id, before),
         )
-        return [_version(row) for row in rows]
+        return [version_from(row) for row in rows]
 
     def unsettled_versions(self) -> list[Version]:
         """Versions that a writer left LOCKED."""
-        return [_version(row) for row in self._all("SELECT * FROM versions WHERE state='LOCKED'")]
+        return [version_from(row) for row in self._all("SELECT * FROM versions WHERE state='LOCKED'")]
 
     def save_document(self, image_set_id: str, version: int, body: bytes) -> None:
         """Store a version's gzipped metadata document."""

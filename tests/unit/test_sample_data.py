@@ -15,7 +15,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
 
-from ahi_ml.cli import sample_data
+from ahi_ml.cli import sample_data, sample_dicom
 from ahi_ml.cli.sample_data import (
     BACKGROUND,
     GREY_MATTER,
@@ -134,7 +134,7 @@ def test_second_call_writes_nothing(sample: SampleData, monkeypatch: pytest.Monk
 def test_an_interrupted_call_leaves_whole_files_and_is_repaired(
     sample: SampleData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_replace, calls = sample_data.os.replace, 0
+    real_replace, calls = sample_dicom.os.replace, 0
 
     def pull_the_plug(source: str, target: Path) -> None:
         nonlocal calls
@@ -143,7 +143,7 @@ def test_an_interrupted_call_leaves_whole_files_and_is_repaired(
             raise KeyboardInterrupt
         real_replace(source, target)
 
-    monkeypatch.setattr(sample_data.os, "replace", pull_the_plug)
+    monkeypatch.setattr(sample_dicom.os, "replace", pull_the_plug)
     with pytest.raises(KeyboardInterrupt):
         write_sample_dicom(tmp_path)
     monkeypatch.undo()

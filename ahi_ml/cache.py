@@ -3,6 +3,10 @@
 Readers see whole entries or none: an entry is written beside its place and moved there. A header
 holds its length and CRC, so one torn by a power cut is noticed and dropped. The cache is a
 convenience: a full disk or a read-only folder costs one warning, never a run.
+
+It is bounded without any shared account, which a crash could falsify: names are hashes, so each of the
+256 folders holds its share, and whoever has written a part of a folder's share looks at that folder and
+removes what was used longest ago. (Small caches are looked at whole: their shares would be too few entries.)
 """
 
 from __future__ import annotations
@@ -10,16 +14,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ahi_ml.codec import crc32
-from ahi_ml.errors import CacheError
+from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
@@ -33,6 +38,12 @@ _HEADER_CRC = struct.Struct("<I")  # of the header: a flipped flag must not make
 _START = _HEADER.size + _HEADER_CRC.size
 _VERIFIED = 1
 _STALE_S = 3600.0
+_MOST_BYTES = 50 * 10**9
+_FOLDERS = 256
+_WHOLE_BELOW = 4 * 10**9  # bytes: a listing of such a cache takes a fraction of a second
+_LOOK_AFTER = 1 / 32  # of a share written: how far past its bound one process can bring the cache
+_DOWN_TO = 0.9
+_TOUCH_AFTER_S = 60.0
 
 
 @dataclass(slots=True)
@@ -43,6 +54,7 @@ class CacheStats:
     misses: int = 0
     writes: int = 0
     corrupt: int = 0
+    evictions: int = 0
 
 
 @dataclass(slots=True)
@@ -53,6 +65,8 @@ class _State:
     lock: threading.Lock = field(default_factory=threading.Lock)
     disabled: bool = False
     ready: bool = False
+    most_bytes: int = 0
+    written: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +92,31 @@ class FrameCache:
     ----------
     folder : Path
         Made on first write, private to the user.
+    max_bytes : int, optional
+        Bound of its size: by default 50 GB, or half of what is free on the disk if that is less. When it is
+        passed, entries used longest ago go, until a tenth is free.
 
     I/O: none until used.
+
+    Raises
+    ------
+    ConfigError
+        A bound that is not positive.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ConfigError(f"max_bytes must be positive, not {max_bytes}; cache=None reads without a cache")
         self.folder = folder
+        self.max_bytes = max_bytes
         self._state = PerProcess(_State)
 
     def __repr__(self) -> str:
         stats = self._state.get().stats
         return f"<FrameCache {str(self.folder)!r}: {stats.hits:,} hits, {stats.misses:,} misses>"
 
-    def __reduce__(self) -> tuple[type[FrameCache], tuple[Path]]:
-        return FrameCache, (self.folder,)
+    def __reduce__(self) -> tuple[Callable[..., FrameCache], tuple[Path, int | None]]:
+        return _reopen, (self.folder, self.max_bytes)
 
     def _path(self, datastore_id: str, frame_id: str) -> str:
         name = hashlib.blake2b(f"{datastore_id}\0{frame_id}".encode(), digest_size=16).hexdigest()
@@ -103,6 +128,8 @@ class FrameCache:
         try:
             with open(path, "rb", buffering=0) as file:
                 data = file.read()
+                if time.time() - os.fstat(file.fileno()).st_mtime > _TOUCH_AFTER_S:
+                    os.utime(path)  # the clock of "used longest ago"; rarely, because it costs a write
         except FileNotFoundError:
             self._count(misses=1)
             return None
@@ -161,6 +188,42 @@ class FrameCache:
             self._disable(error)
             return
         self._count(writes=1)
+        self._look_after(path, _HEADER.size + len(data))
+
+    def _look_after(self, path: str, size: int) -> None:
+        """Evict from a folder once enough was written to it."""
+        state = self._state.get()
+        whole = state.most_bytes < _WHOLE_BELOW
+        group = "*" if whole else os.path.basename(os.path.dirname(path))
+        share = state.most_bytes if whole else state.most_bytes // _FOLDERS
+        with state.lock:
+            state.written[group] = state.written.get(group, 0) + size
+            if state.written[group] < share * _LOOK_AFTER:
+                return
+            state.written[group] = 0
+        try:
+            self._evict(group, share)
+        except OSError as error:  # another process evicts the same folder, or the disk is gone
+            _LOG.debug("eviction stopped: %s", error)
+
+    def _evict(self, group: str, share: int) -> None:
+        entries, total, now = [], 0, time.time()
+        for path in self.folder.glob(f"frames/{group}/*"):
+            status = path.stat()
+            if path.name.endswith(".part") and now - status.st_mtime < _STALE_S:
+                continue
+            entries.append((status.st_mtime, status.st_size, path))
+            total += status.st_size
+        if total <= share:
+            return
+        removed = 0
+        for _, size, path in sorted(entries):
+            path.unlink(missing_ok=True)
+            removed += 1
+            total -= size
+            if total <= share * _DOWN_TO:
+                break
+        self._count(evictions=removed)
 
     def drop(self, datastore_id: str, frame_id: str) -> None:
         """Forget a frame, if it is there. I/O: removes one file."""
@@ -172,7 +235,7 @@ class FrameCache:
             self._disable(error)
 
     def stats(self) -> dict[str, int]:
-        """Counts of this process: hits, misses, writes, corrupt. I/O: none."""
+        """Counts of this process: hits, misses, writes, corrupt, evictions. I/O: none."""
         state = self._state.get()
         with state.lock:
             return asdict(state.stats)
@@ -212,6 +275,7 @@ class FrameCache:
                 f"the cache folder {self.folder} can be read by other users (mode {mode:o}): it would show them "
                 "images. Make it private (chmod 700) or name another with AHI_ML_CACHE"
             )
+        state.most_bytes = self.max_bytes or min(_MOST_BYTES, shutil.disk_usage(self.folder).free // 2)
         state.ready = True
 
     def _disable(self, error: OSError) -> None:
@@ -220,3 +284,7 @@ class FrameCache:
             if not state.disabled:
                 state.disabled = True
                 _LOG.warning("the frame cache %s is not used from here on: %s", self.folder, error)
+
+
+def _reopen(folder: Path, max_bytes: int | None) -> FrameCache:
+    return FrameCache(folder, max_bytes=max_bytes)

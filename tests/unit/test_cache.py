@@ -53,7 +53,7 @@ class TestEntries:
         entry = get(cache)
         assert bytes(entry.data) == data
         assert entry.verified is verified
-        assert cache.stats() == {"hits": 1, "misses": 1, "writes": 1, "corrupt": 0}
+        assert cache.stats() == {"hits": 1, "misses": 1, "writes": 1, "corrupt": 0, "evictions": 0}
         assert cache.size() == (1, HEADER + len(data))
 
     def test_any_buffer_may_be_stored(self, cache: FrameCache) -> None:
@@ -160,7 +160,7 @@ class TestDamage:
         path = only_file(cache)
         path.write_bytes(path.read_bytes()[:size])
         assert cache.get(STORE, FRAME) is None
-        assert cache.stats() == {"hits": 0, "misses": 1, "writes": 1, "corrupt": 1}
+        assert cache.stats() == {"hits": 0, "misses": 1, "writes": 1, "corrupt": 1, "evictions": 0}
         assert not path.exists()
         cache.put(STORE, FRAME, DATA, verified=True)
         assert get(cache).data == DATA
@@ -271,7 +271,7 @@ class TestTrouble:
         run = subprocess.run(
             [sys.executable, "-c", code, str(cache.folder)], capture_output=True, text=True, check=True
         )
-        assert run.stdout.strip() == str({"hits": 1, "misses": 1, "writes": 1, "corrupt": 0})
+        assert run.stdout.strip() == str({"hits": 1, "misses": 1, "writes": 1, "corrupt": 0, "evictions": 0})
         assert run.stderr.count("is not used from here on") == 1
         assert cache.size()[0] == 1
 
@@ -292,7 +292,7 @@ class TestProcesses:
         assert len(data) < 1000
         again = pickle.loads(data)
         assert again.folder == cache.folder
-        assert again.stats() == {"hits": 0, "misses": 0, "writes": 0, "corrupt": 0}
+        assert again.stats() == {"hits": 0, "misses": 0, "writes": 0, "corrupt": 0, "evictions": 0}
         assert get(again).data == DATA
 
     @pytest.mark.parametrize("method", ["spawn", "fork"])

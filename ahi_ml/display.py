@@ -82,10 +82,17 @@ def mpr(volume: xr.DataArray, *, window: Window | str | None = None) -> Any:
     """Draw the three middle planes of a volume, in true proportions, with orientation letters.
 
     I/O: reads the whole volume; writes nothing. Columns and returns as `montage`.
+
+    Raises
+    ------
+    ConfigError
+        The slices are unevenly spaced.
     """
+    dz, dy, dx = volume.attrs["spacing"]
+    if not np.isfinite(dz):
+        raise ConfigError("unevenly spaced slices have no planes across them: draw them with montage")
     plt = _pyplot()
     low, high = _limits(volume, window)
-    dz, dy, dx = volume.attrs["spacing"]
     letters = volume.attrs["orientation"]
     k, j, i = (size // 2 for size in volume.shape[:3])
     values = volume.values

@@ -101,15 +101,16 @@ def extract_features(
             failed += sum(row["error"] is not None for row in result)
             bar.set_postfix(failed=failed)
             bar.update()
-    table = pd.DataFrame(rows)
-    if rows:  # errors last
-        table = table[[*(name for name in table if name not in _ERRORS), *_ERRORS]]
+    table = pd.DataFrame(rows, columns=None if rows else [*_IDS[by], *_ERRORS])
+    table = table[[*(name for name in table if name not in _ERRORS), *_ERRORS]]  # errors last
     if out is not None:
         _write(table, Path(out).expanduser())
     return table
 
 
 _ERRORS = ("error_type", "error")
+_COMMON = ("image_set_id", "version_id", "series_instance_uid")
+_IDS = {"series": (*_COMMON, "frames"), "frame": (*_COMMON, "sop_instance_uid", "frame_number")}
 
 
 def _tasks(index: DatasetIndex, by: str) -> Iterator[AnyArray]:
@@ -131,9 +132,8 @@ def _one_series(
 ) -> list[dict[str, Any]]:
     part = index[rows]
     first = part.details([0])[0]
-    row = {name: first[name] for name in ("series_instance_uid", "image_set_id", "version_id")}
-    row |= {"frames": len(part)}
-    return [row | _attempt(lambda: function(open_volume(store, part, **options)), on_error)]
+    row = {name: first[name] for name in _COMMON} | {"frames": len(part)}
+    return [_attempt(row, lambda: function(open_volume(store, part, **options)), on_error)]
 
 
 def _some_frames(
@@ -153,19 +153,22 @@ def _some_frames(
         return function(outcome)
 
     return [
-        details | _attempt(lambda outcome=outcome: apply(outcome), on_error)  # type: ignore[misc]
+        _attempt(details, lambda outcome=outcome: apply(outcome), on_error)  # type: ignore[misc]
         for details, outcome in zip(part.details(), batch.outcomes(), strict=True)
     ]
 
 
-def _attempt(work: Callable[[], Features], on_error: str) -> dict[str, Any]:
+def _attempt(row: dict[str, Any], work: Callable[[], Features], on_error: str) -> dict[str, Any]:
+    """The row of an item with its features, or with what went wrong."""
     try:
-        features = dict(work())
+        features = {name: _plain(value) for name, value in dict(work()).items()}
+        if taken := sorted(features.keys() & {*row, *_ERRORS}):
+            raise ConfigError(f"features cannot be called {', '.join(taken)}: columns of that name are in the table")
     except Exception as error:
         if on_error == "raise":
             raise
-        return {"error_type": type(error).__name__, "error": str(error)}
-    return {**{name: _plain(value) for name, value in features.items()}, "error_type": None, "error": None}
+        return {**row, "error_type": type(error).__name__, "error": str(error)}
+    return {**row, **features, "error_type": None, "error": None}
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,10 @@ FLOORS: list[dict[str, set[str]]] = [
     {"store": set()},
     {"volume": {"xarray"}},
     {"datasets": {"torch"}, "features": {"joblib", "pandas", "tqdm"}},
-    {"display": {"matplotlib", "xarray"}, "cli": {"typer", "tqdm", "torch", "pydicom", "highdicom", "nibabel", "scipy"}},
+    {
+        "display": {"matplotlib", "xarray"},
+        "cli": {"typer", "tqdm", "pandas", "torch", "pydicom", "highdicom", "nibabel", "scipy"},
+    },
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALLOWED = {room: packages for rooms in FLOORS for room, packages in rooms.items()}
@@ -133,7 +136,9 @@ def test_no_import_cycles() -> None:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     names = {module_name(path): path for path in _modules()}
-    graph = {name: {other for other, eager, _ in _imports(path) if eager and other in names} for name, path in names.items()}
+    graph = {
+        name: {other for other, eager, _ in _imports(path) if eager and other in names} for name, path in names.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ahi_ml._version import __version__
-from ahi_ml.errors import AhiError, ChecksumError, ConfigError
+from ahi_ml.errors import AhiError, ChecksumError, ConfigError, DecodeError, UnsupportedTransferSyntaxError
 
 if TYPE_CHECKING:
     from ahi_ml.store import DataStore
@@ -121,7 +122,7 @@ def serve(
 ) -> None:
     """Serve an embedded store until interrupted, and print how to reach it.
 
-    Example: eval "$(ahi-ml serve my-store | head -n 6)"
+    Example: ahi-ml serve my-store > my-store.env &  (then, once it is up: source my-store.env)
     """
     from ahi_ml.local.faults import Faults
     from ahi_ml.local.files import Endpoint, StoreFolder
@@ -164,8 +165,6 @@ def import_(
     if not quiet:
         for failure in report.failed:
             _say(f"{failure.input_file}: {failure.reason}")
-    from dataclasses import asdict
-
     _print(asdict(report), as_json, lambda: repr(report))
     if report.failed:
         raise typer.Exit(EXIT_PARTIAL)
@@ -198,14 +197,15 @@ def search(
             study_date=_dates(study_date),
             primary=None if everything else True,
         )
-        table = (found.where(modality=modality) if modality else found).to_pandas()
-    _print(
-        table.to_dict("records"),
-        as_json,
-        lambda: table[["image_set_id", "version_id", "modality", "study_date", "instances", "is_primary"]].to_string(
-            index=False
-        ),
-    )
+        summaries = [asdict(each) for each in (found.where(modality=modality) if modality else found)]
+
+    def text() -> str:
+        import pandas as pd
+
+        names = ["image_set_id", "version_id", "modality", "study_date", "instances", "is_primary"]
+        return pd.DataFrame(summaries, columns=names).to_string(index=False)
+
+    _print(summaries, as_json, text)
 
 
 @app.command()
@@ -337,7 +337,12 @@ def fetch(
         _say(str(error))
     _print(counts, as_json, lambda: ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     if errors:
-        raise typer.Exit(EXIT_INTEGRITY if any(isinstance(error, ChecksumError) for error in errors) else EXIT_PARTIAL)
+        raise typer.Exit(EXIT_INTEGRITY if any(_is_damage(error) for error in errors) else EXIT_PARTIAL)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether bytes are not what they were: not so when nobody here can decode their kind."""
+    return isinstance(error, ChecksumError | DecodeError) and not isinstance(error, UnsupportedTransferSyntaxError)
 
 
 @app.command()
@@ -424,3 +429,6 @@ def main() -> None:
         # Whoever read our output is gone; nothing more to say, and nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a file of the command line that cannot be read or written
+        _say(f"ahi-ml: {error}")
+        sys.exit(EXIT_ERROR)

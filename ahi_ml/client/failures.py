@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -127,6 +128,7 @@ def answer_error(operation: str, answer: Mapping[str, Any], where: str = "") -> 
 def no_answer(operation: str, why: str, where: str = "") -> ConnectionFailedError:
     """The error when nothing came back, or nothing that can be used. I/O: none."""
     place = f" for {where}" if where else ""
+    why = re.sub(r"//\S*@", "//***@", why)  # the URL of a proxy may hold a password
     return ConnectionFailedError(
         f"{operation}{place}: no usable answer: {why}. Check the network and the endpoint",
         operation=operation,
@@ -173,8 +175,9 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         botocore_errors.NoAuthTokenError,
         botocore_errors.MetadataRetrievalError,
     ) as error:
+        place = f" for {where}" if where else ""
         raise AccessDeniedError(
-            f"{operation}: no usable AWS credentials: {error}. Set AWS_PROFILE, or work on a folder: "
+            f"{operation}{place}: no usable AWS credentials: {error}. Set AWS_PROFILE, or work on a folder: "
             "connect('my-store')",
             operation=operation,
         ) from error

@@ -85,6 +85,7 @@ class _Request:
     future: Future[bytes]
     deadline: float = 0.0
     attempt: int = 0
+    heard: tuple[int, float] = (0, 0.0)  # how much so far, and when it last grew
     body: BytesIO = field(default_factory=BytesIO)
     head: list[bytes] = field(default_factory=list)
 
@@ -197,9 +198,11 @@ class CurlTransport:
                     self._start(loop, request)
             # While every handle is busy, the next thing to do is an answer's, however long a retry is due.
             if loop.turn(later[0][0] - now if later and loop.free else None):
+                # In this order: a fetch before the flag falls does not ring, and is found at the top of the
+                # loop; one after it rings a bell that nobody silences.
+                self._drain()
                 with self._lock:
                     self._woken = False
-                self._drain()
 
     def _drain(self) -> None:
         try:
@@ -253,8 +256,6 @@ class CurlTransport:
             if not problem:
                 return None
         if problem:
-            if self._endpoint.proxy:
-                problem = problem.replace(self._endpoint.proxy, "the proxy")  # its URL may hold a password
             return no_answer("GetImageFrame", problem, request.where)
         answer = {"status_code": status, "headers": _headers(request.head), "body": request.body.getvalue()}
         try:
@@ -294,6 +295,9 @@ class _Loop:
         self._settle = settle
         self._selector = selectors.DefaultSelector()
         self._due: float | None = None
+        self._read_timeout_s = endpoint.read_timeout_s
+        self._look_s = min(endpoint.read_timeout_s / 4, 1.0)  # how often to look for silent servers
+        self._look = 0.0
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
@@ -312,8 +316,6 @@ class _Loop:
             (curl.TCP_KEEPALIVE, 1),
             (curl.BUFFERSIZE, _BUFFER),
             (curl.CONNECTTIMEOUT_MS, int(endpoint.connect_timeout_s * 1000)),
-            (curl.LOW_SPEED_LIMIT, 1),
-            (curl.LOW_SPEED_TIME, max(int(endpoint.read_timeout_s), 1)),
             (curl.PROXY, endpoint.proxy),
             (curl.NOPROXY, ""),  # whoever chose the proxy has read NO_PROXY
             (curl.USERAGENT, f"ahi_ml/{__version__}"),
@@ -349,6 +351,7 @@ class _Loop:
         handle.setopt(curl.WRITEFUNCTION, request.body.write)
         handle.setopt(curl.HEADERFUNCTION, request.head.append)
         handle.setopt(curl.TIMEOUT_MS, max(left_ms, 1))
+        request.heard = (0, time.monotonic())
         self._multi.add_handle(handle)
         self._busy[self.free.pop()] = request
 
@@ -358,7 +361,8 @@ class _Loop:
 
     def turn(self, most_s: float | None) -> bool:
         """Wait for sockets or time, do what is due; return whether the bell rang."""
-        waits = [max(each, 0.0) for each in (most_s, self._left()) if each is not None]
+        look_s = self._look - time.monotonic() if self._busy else None
+        waits = [max(each, 0.0) for each in (most_s, self._left(), look_s) if each is not None]
         rang = False
         acted = False
         for key, events in self._selector.select(min(waits) if waits else None):
@@ -376,7 +380,19 @@ class _Loop:
             acted = True
         if acted:
             self._collect()
+        if self._busy and self._look <= (now := time.monotonic()):
+            self._look = now + self._look_s
+            self._end_silent(now)
         return rang
+
+    def _end_silent(self, now: float) -> None:
+        """The read time-out: libcurl's own, of a mean over seconds, comes seconds late."""
+        for handle, request in list(self._busy.items()):
+            size = request.body.tell() + len(request.head)
+            if size != request.heard[0] or not handle.getinfo(self._curl.PRETRANSFER_TIME):
+                request.heard = (size, now)  # connecting has a time-out of its own
+            elif now - request.heard[1] >= self._read_timeout_s:
+                self._end(handle, 0, "", f"the server has been silent for {self._read_timeout_s:g} s")
 
     def _left(self) -> float | None:
         return None if self._due is None else self._due - time.monotonic()

@@ -205,9 +205,12 @@ class BestTransport:
             if self._closed:
                 raise closed("GetImageFrame")
             if not self._tried:
-                self._tried = True
-                endpoint = lean_endpoint(self._connection)
-                self._lean = CurlTransport(endpoint, self._datastore_id) if endpoint is not None else None
+                try:
+                    endpoint = lean_endpoint(self._connection)
+                    self._lean = CurlTransport(endpoint, self._datastore_id) if endpoint is not None else None
+                    self._tried = True
+                except Exception:  # credentials, mostly: boto3 meets the same and names the frame
+                    _LOG.debug("boto3 fetches this frame", exc_info=True)
             if self._lean is not None and not self._connection.hooked:
                 return self._lean
             if self._boto3 is None:

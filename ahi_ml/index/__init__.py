@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ import pyarrow.compute as pc
 
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import expression
+from ahi_ml.index.columns import FrameColumns
 from ahi_ml.index.profile import FrameProfile, FrameSource
-from ahi_ml.index.schema import SCHEMA_VERSION
 from ahi_ml.index.spill import spill_path
 from ahi_ml.index.split import assign_groups, check_identifiers, connected_groups
 from ahi_ml.index.tables import Gatherer, Tables, private_file
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["DatasetIndex", "FrameProfile", "FrameSource", "Gatherer", "Tables"]
 
 _LOG = logging.getLogger(__name__)
-_FIRST = ("image_set_id", "version_id", "series_instance_uid", "sop_instance_uid", "frame_number", "frame_id")
-_REFERENCES = frozenset({"instance", "profile", "plane", "series", "lookup_tables"})
 
 
 class DatasetIndex:
@@ -60,8 +57,7 @@ class DatasetIndex:
         self._snapshot_id = snapshot_id
         self._patient_secret = patient_secret
         self.notes = tuple(notes)
-        self._profiles: list[FrameProfile | None] | None = None
-        self._lookup: tuple[AnyArray, ...] | None = None
+        self._columns = FrameColumns(tables)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -82,7 +78,7 @@ class DatasetIndex:
     def _take(self, rows: AnyArray) -> DatasetIndex:
         base = rows if self._rows is None else self._rows[rows]
         selected = DatasetIndex(self._tables, rows=base, patient_secret=self._patient_secret, notes=self.notes)
-        selected._profiles, selected._lookup = self._profiles, self._lookup
+        selected._columns = self._columns
         return selected
 
     def __getitem__(self, key: slice | Sequence[int] | AnyArray) -> DatasetIndex:
@@ -119,10 +115,10 @@ class DatasetIndex:
         """
         mask: Any = pa.array(np.ones(len(self), bool))
         if condition is not None:
-            columns = {name: self._column(name) for name in sorted(expression.columns_of(condition))}
+            columns = {name: self.column(name) for name in sorted(expression.columns_of(condition))}
             mask = expression.evaluate(condition, columns)
         for name, wanted in equals.items():
-            column = self._column(name)
+            column = self.column(name)
             values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
             try:
                 mask = pc.and_(mask, expression.member(column, values))
@@ -144,7 +140,7 @@ class DatasetIndex:
 
     def series_rows(self) -> Iterator[tuple[str, AnyArray]]:
         """Yield series UID and row numbers of its frames, in index order. I/O: none."""
-        series = self._series_of_rows()
+        series = self._columns.series(self._numbers)
         order = np.argsort(series, kind="stable")
         starts = np.flatnonzero(np.diff(series[order], prepend=-1))
         groups = dict[str, list[AnyArray]]()
@@ -207,7 +203,7 @@ class DatasetIndex:
         part_of_series = np.full(self._tables.series.num_rows, -1)
         order = list(ratios)
         part_of_series[used] = [order.index(name) if name else -1 for name in names]
-        parts = part_of_series[self._series_of_rows()]
+        parts = part_of_series[self._columns.series(self._numbers)]
         result = {name: self[np.flatnonzero(parts == number)] for number, name in enumerate(order)}
         for name, part in result.items():
             count = len({group for group, where in zip(groups, names, strict=True) if where == name})
@@ -222,74 +218,32 @@ class DatasetIndex:
 
     # Looking
 
-    def _lookups(self) -> tuple[AnyArray, ...]:
-        """Frame columns as arrays: instance, profile, plane, series of instance, ids, checksums."""
-        if self._lookup is None:
-            tables = self._tables
-            frames = tables.frames
-            ids = _chunk(frames["frame_id"])
-            buffer = ids.buffers()[1]
-            raw = np.frombuffer(buffer, np.uint8, len(ids) * 16, ids.offset * 16) if len(ids) else np.empty(0, np.uint8)
-            plane = _chunk(frames["plane"])
-            checksum = _chunk(frames["checksum"])
-            self._lookup = (
-                _chunk(frames["instance"]).to_numpy(),
-                _chunk(frames["profile"]).to_numpy(),
-                np.where(_valid(plane), plane.fill_null(0).to_numpy().astype(np.int64), -1),
-                _chunk(tables.instances["series"]).to_numpy(),
-                raw.reshape(-1, 16),
-                np.where(_valid(checksum), checksum.fill_null(0).to_numpy().astype(np.int64), -1),
-            )
-        return self._lookup
+    @property
+    def _numbers(self) -> AnyArray:
+        """Rows of the ``frames`` table that are selected."""
+        return np.arange(self._tables.frames.num_rows) if self._rows is None else self._rows
 
-    def _base_rows(self, rows: AnyArray | None = None) -> AnyArray:
-        if rows is None:
-            return np.arange(len(self)) if self._rows is None else self._rows
-        return rows if self._rows is None else self._rows[rows]
-
-    def _series_of_rows(self) -> AnyArray:
-        instance, _, _, series, _, _ = self._lookups()
-        return series[instance[self._base_rows()]].astype(np.int64)
+    def _at(self, rows: Sequence[int] | AnyArray | None) -> AnyArray:
+        numbers = self._numbers
+        return numbers if rows is None else numbers[np.asarray(rows, np.int64)]
 
     def _used_series(self) -> AnyArray:
-        return np.unique(self._series_of_rows())
-
-    def _column(self, name: str) -> Any:
-        """A column at frame grain, as an Arrow array."""
-        instance, profile, plane, series, raw, _ = self._lookups()
-        rows = self._base_rows()
-        tables = self._tables
-        if name == "frame_id":
-            return pa.array([raw[row].tobytes().hex() for row in rows], pa.string())
-        if name == "ImagePositionPatient":
-            xyz = np.column_stack([_chunk(tables.planes[axis]).to_numpy() for axis in "xyz"])
-            places = plane[rows]
-            return pa.array([xyz[place].tolist() if place >= 0 else None for place in places], pa.list_(pa.float64()))
-        for table, numbers in (
-            (tables.series, lambda: series[instance[rows]]),
-            (tables.instances, lambda: instance[rows]),
-            (tables.profiles, lambda: profile[rows]),
-            (tables.frames, lambda: rows),
-        ):
-            if name in table.column_names and name not in _REFERENCES:
-                return _chunk(table[name]).take(pa.array(numbers()))  # type: ignore[no-untyped-call]
-        raise expression.unknown_column(name, self.columns)
+        return np.unique(self._columns.series(self._numbers))
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns of `frames`. I/O: none."""
-        tables = self._tables
-        names = [
-            name
-            for table in (tables.series, tables.instances, tables.profiles, tables.frames)
-            for name in table.column_names
-        ]
-        rest = [
-            name
-            for name in dict.fromkeys([*names, "ImagePositionPatient"])
-            if name not in _FIRST and name not in _REFERENCES
-        ]
-        return [*_FIRST, *rest]
+        return self._columns.names
+
+    def column(self, name: str) -> Any:
+        """A column of `frames` as an Arrow array. I/O: none.
+
+        Raises
+        ------
+        ConfigError
+            No such column; close matches are named.
+        """
+        return self._columns.column(name, self._numbers)
 
     @property
     def frames(self) -> pd.DataFrame:
@@ -299,8 +253,7 @@ class DatasetIndex:
         """
         import pandas as pd
 
-        table = pa.table({name: self._column(name) for name in self.columns})
-        frame: pd.DataFrame = table.to_pandas(types_mapper=pd.ArrowDtype)
+        frame: pd.DataFrame = self._columns.frame_table(self._numbers).to_pandas(types_mapper=pd.ArrowDtype)
         return frame
 
     @property
@@ -311,40 +264,14 @@ class DatasetIndex:
         """
         import pandas as pd
 
-        instance, profile, _, _, _, _ = self._lookups()
-        rows = self._base_rows()
-        series = self._series_of_rows()
-        used, first, counts = np.unique(series, return_index=True, return_counts=True)
-        instances = (
-            np.unique(np.column_stack([series, instance[rows]]), axis=0)[:, 0] if len(rows) else np.empty(0, int)
-        )
-        table = self._tables.series.take(pa.array(used))
-        profiles = self._tables.profiles.take(pa.array(profile[rows[first]]))
-        for name in ("Rows", "Columns", "PixelSpacing", "PhotometricInterpretation"):
-            table = table.append_column(name, profiles[name])
-        table = table.append_column(
-            "instances",
-            pa.array(np.searchsorted(instances, used, "right") - np.searchsorted(instances, used)),
-        )
-        table = table.append_column("frames", pa.array(counts))
-        frame: pd.DataFrame = table.to_pandas(types_mapper=pd.ArrowDtype)
+        frame: pd.DataFrame = self._columns.series_table(self._numbers).to_pandas(types_mapper=pd.ArrowDtype)
         return frame.set_index("series_instance_uid")
 
     # Reading
 
     def profile(self, row: int) -> FrameProfile:
         """How the frame of a row is decoded and rescaled. I/O: none."""
-        return self._profile(int(self._lookups()[1][self._base_rows(np.array([row]))[0]]))
-
-    def _profile(self, number: int) -> FrameProfile:
-        if self._profiles is None:
-            self._profiles = [None] * self._tables.profiles.num_rows
-        found = self._profiles[number]
-        if found is None:
-            found = self._profiles[number] = FrameProfile.from_row(
-                self._tables.profiles.slice(number, 1).to_pylist()[0]
-            )
-        return found
+        return self._columns.profile(int(self._at([row])[0]))
 
     def sources(self, rows: Sequence[int] | AnyArray | None = None) -> list[FrameSource]:
         """What the reader needs to read some rows, in their order. I/O: none.
@@ -354,57 +281,15 @@ class DatasetIndex:
         MetadataError
             A frame lacks an attribute that decoding needs.
         """
-        instance, profile, _, series, raw, checksums = self._lookups()
-        base = self._base_rows(None if rows is None else np.asarray(rows, np.int64))
-        names = self._tables.series["image_set_id"]
-        sets = {int(number): names[int(number)].as_py() for number in np.unique(series[instance[base]])}
-        return [
-            FrameSource(
-                sets[int(series[instance[row]])],
-                raw[row].tobytes().hex(),
-                int(checksums[row]) if checksums[row] >= 0 else None,
-                self._profile(int(profile[row])),
-            )
-            for row in base
-        ]
+        return self._columns.sources(self._at(rows))
 
     def details(self, rows: Sequence[int] | AnyArray | None = None) -> list[dict[str, Any]]:
         """Ids of some rows: image set, version, series, instance, frame number. I/O: none."""
-        instance, _, _, series, _, _ = self._lookups()
-        base = self._base_rows(None if rows is None else np.asarray(rows, np.int64))
-        instances = instance[base]
-        columns = {
-            **{
-                name: self._tables.series[name].take(pa.array(series[instances])).to_pylist()
-                for name in ("image_set_id", "version_id", "series_instance_uid")
-            },
-            "sop_instance_uid": self._tables.instances["sop_instance_uid"].take(pa.array(instances)).to_pylist(),
-            "frame_number": self._tables.frames["frame_number"].take(pa.array(base)).to_pylist(),
-        }
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return self._columns.details(self._at(rows))
 
     def positions(self) -> FloatArray:
         """Image Position (Patient) of every row, ``(n, 3)`` LPS mm; NaN where there is none. I/O: none."""
-        plane = self._lookups()[2][self._base_rows()]
-        planes = self._tables.planes
-        xyz = (
-            np.column_stack([_chunk(planes[axis]).to_numpy() for axis in "xyz"])
-            if planes.num_rows
-            else np.empty((0, 3))
-        )
-        found = np.full((len(plane), 3), np.nan)
-        found[plane >= 0] = xyz[plane[plane >= 0]]
-        return found
-
-    def column(self, name: str) -> Any:
-        """A column of `frames` as an Arrow array. I/O: none.
-
-        Raises
-        ------
-        ConfigError
-            No such column; close matches are named.
-        """
-        return self._column(name)
+        return self._columns.positions(self._numbers)
 
     # Keeping
 
@@ -412,34 +297,7 @@ class DatasetIndex:
     def snapshot_id(self) -> str:
         """Hash of which frames of which versions these are; the patient key has no part in it. I/O: none."""
         if self._snapshot_id is None:
-            instance, _, _, series, raw, _ = self._lookups()
-            rows = self._base_rows()
-            sets = self._tables.series.select(["image_set_id", "version_id"]).to_pylist()
-            digests = (
-                np.array(
-                    [
-                        hashlib.blake2b(
-                            f"{each['image_set_id']}\0{each['version_id']}".encode(), digest_size=16
-                        ).digest()
-                        for each in sets
-                    ]
-                    or [b""],
-                    "S16",
-                )
-                .view(np.uint8)
-                .reshape(-1, 16)
-                if sets
-                else np.empty((0, 16), np.uint8)
-            )
-            lines = (
-                np.concatenate([digests[series[instance[rows]]], raw[rows]], axis=1)
-                if len(rows)
-                else np.empty((0, 32), np.uint8)
-            )
-            ordered = np.sort(np.ascontiguousarray(lines).view("S32").reshape(-1)) if len(rows) else b""
-            digest = hashlib.blake2b(f"ahi_ml index {SCHEMA_VERSION}\0".encode(), digest_size=16)
-            digest.update(np.asarray(ordered).tobytes())
-            self._snapshot_id = digest.hexdigest()
+            self._snapshot_id = self._columns.snapshot_id(self._numbers)
         return self._snapshot_id
 
     def save(self, path: PathType) -> Path:
@@ -499,13 +357,3 @@ def _reopen(path: Path, notes: tuple[str, ...], expected: str) -> DatasetIndex:
             f"{path} was overwritten with another index after this one was sent here: save under a new name"
         )
     return DatasetIndex(tables, path=path, snapshot_id=snapshot_id, notes=notes)
-
-
-def _chunk(column: Any) -> Any:
-    if isinstance(column, pa.ChunkedArray):
-        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    return column
-
-
-def _valid(array: Any) -> AnyArray:
-    return np.asarray(array.is_valid().to_numpy(zero_copy_only=False), bool)

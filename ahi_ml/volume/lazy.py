@@ -54,7 +54,9 @@ class FrameStack(BackendArray):
     cache: FrameCache | Literal["store"] | None = "store"
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> AnyArray:
-        """Values of an outer index. I/O: cache files and requests for the slices it touches."""
+        """Values of an index. I/O: cache files and requests for the slices it touches."""
+        if not isinstance(key, indexing.VectorizedIndexer):
+            return self._read(key.tuple)  # the adapter fails on empty slices with a negative step
         return indexing.explicit_indexing_adapter(  # type: ignore[no-any-return]
             key, self.shape, indexing.IndexingSupport.OUTER, self._read
         )

@@ -79,7 +79,7 @@ def open_volume(
     row = index.series.iloc[0]
     modality = row["Modality"] if isinstance(row["Modality"], str) else ""
     units = _units(index, modality) if output == "modality" else ("stored" if output == "stored" else "1")
-    fill = float(padding) if isinstance(padding, int | float) else _AIR_HU if units == "HU" else 0.0
+    fill = _fill_value(padding, units)
     lazy = FrameStack(
         store=store,
         index=index,
@@ -165,7 +165,7 @@ def stack_series(
         columns.tolist(),
         samples.tolist(),
         index.column("FrameOfReferenceUID").to_pylist(),
-        image_types=index.column("ImageType").to_pylist(),
+        image_types=[kind or () for kind in index.column("ImageType").to_pylist()],
     )
     stacks = [group for group in groups if group.kind == "stack"] or groups[:1]
     if len(stacks) > 1:
@@ -213,6 +213,15 @@ def _units(index: DatasetIndex, modality: str) -> str:
     if modality == "CT" or kind == "HU":
         return "HU"
     return kind if kind not in (None, "US") else "stored"  # US: unspecified
+
+
+def _fill_value(padding: Literal["keep", "mask"] | float, units: str) -> float:
+    """What stands in slices that are missing: as padding does, or air."""
+    if padding == "mask":
+        return np.nan
+    if not isinstance(padding, str):
+        return float(padding)
+    return _AIR_HU if units == "HU" else 0.0
 
 
 def _attributes(stack: Stack, index: DatasetIndex, units: str) -> dict[str, Any]:

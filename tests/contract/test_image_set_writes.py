@@ -93,7 +93,9 @@ def test_an_update_locks_answers_and_makes_a_version(store: DataStore) -> None:
     assert document(store, image_set, versionId="1")["Study"]["DICOM"].get("StudyDescription") != "CHEST"
     summary = next(iter(store.search(series_instance_uid="1.2.3.1")))
     assert summary.version_id == "2"
-    refused("ConflictException", update, store, image_set, updatableAttributes={"Patient": {"DICOM": {"PatientSex": "F"}}})
+    refused(
+        "ConflictException", update, store, image_set, updatableAttributes={"Patient": {"DICOM": {"PatientSex": "F"}}}
+    )
 
 
 def test_removals_must_name_the_present_value(store: DataStore) -> None:
@@ -151,7 +153,9 @@ def test_private_elements_go_in_with_force(store: DataStore) -> None:
     image_set = image_set_of(store)
     tree = {
         "Study": {
-            "Series": {"1.2.3.1": {"Instances": {"1.2.3.9.0": {"DICOM": {"001910F9": "97"}, "DICOMVRs": {"001910F9": "DS"}}}}}
+            "Series": {
+                "1.2.3.1": {"Instances": {"1.2.3.9.0": {"DICOM": {"001910F9": "97"}, "DICOMVRs": {"001910F9": "DS"}}}}
+            }
         }
     }
     refused("ValidationException", update, store, image_set, updatableAttributes=tree)
@@ -176,9 +180,7 @@ def test_a_revert_makes_a_new_version_equal_to_the_old(store: DataStore) -> None
 
 def test_a_study_changes_as_a_whole_or_not_at_all(store: DataStore) -> None:
     first, second = image_set_of(store, "1.2.3.1"), image_set_of(store, "1.2.3.2")
-    update(
-        store, first, updatableAttributes={"Patient": {"DICOM": {"PatientID": "P-2"}}}, includeStudyImageSets=True
-    )
+    update(store, first, updatableAttributes={"Patient": {"DICOM": {"PatientID": "P-2"}}}, includeStudyImageSets=True)
     for image_set in (first, second):
         assert settled(store, image_set)["imageSetWorkflowStatus"] == "UPDATED"
         assert document(store, image_set)["Patient"]["DICOM"]["PatientID"] == "P-2"
@@ -208,9 +210,7 @@ def test_copies_and_the_repair_recipe(store: DataStore) -> None:
 
     # A copy's UIDs may change; a second copy into it fails because the instances are there.
     again = {**information, "destinationImageSet": {"imageSetId": made, "latestVersionId": "1"}}
-    store.client.copy_image_set(
-        datastoreId=store.datastore_id, sourceImageSetId=source, copyImageSetInformation=again
-    )
+    store.client.copy_image_set(datastoreId=store.datastore_id, sourceImageSetId=source, copyImageSetInformation=again)
     failed = settled(store, made)
     assert failed["imageSetWorkflowStatus"] == "COPY_FAILED"
     assert "exist" in failed["message"]
@@ -225,7 +225,9 @@ def test_copies_and_the_repair_recipe(store: DataStore) -> None:
     refused("ConflictException", store.client.copy_image_set, promoteToPrimary=True, **arguments)
     store.client.delete_image_set(datastoreId=store.datastore_id, imageSetId=source)
     assert settled(store, source)["imageSetState"] == "DELETED"
-    promoted = store.client.copy_image_set(promoteToPrimary=True, **arguments)["destinationImageSetProperties"]["imageSetId"]
+    promoted = store.client.copy_image_set(promoteToPrimary=True, **arguments)["destinationImageSetProperties"][
+        "imageSetId"
+    ]
     assert promoted not in (made, source)
     assert settled(store, promoted)["isPrimary"] is True
 
@@ -241,7 +243,10 @@ def test_a_deleted_image_set_is_gone_but_says_so(store: DataStore) -> None:
     where = {"datastoreId": store.datastore_id, "imageSetId": image_set}
     refused("ResourceNotFoundException", store.client.get_image_set_metadata, **where)
     refused(
-        "ResourceNotFoundException", store.client.get_image_frame, imageFrameInformation={"imageFrameId": frame}, **where
+        "ResourceNotFoundException",
+        store.client.get_image_frame,
+        imageFrameInformation={"imageFrameId": frame},
+        **where,
     )
     refused("ResourceNotFoundException", store.client.delete_image_set, **where)
     assert store.search(series_instance_uid="1.2.3.1", primary=None).count() == 0

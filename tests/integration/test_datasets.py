@@ -632,7 +632,7 @@ class TestRecycledBuffers:
             lambda image: image[0].numpy(),
             lambda image: image.numpy()[:, 0, ::2],
             lambda image: image.reshape(-1)[5:50],
-            lambda image: image.permute(0, 2, 3, 1)[..., 0].T,
+            lambda image: image.permute(2, 3, 1, 0)[..., 0],
             lambda image: memoryview(image[:1].numpy()),
             lambda image: image.detach().view(torch.int32),
         ],

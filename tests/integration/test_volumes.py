@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from ahi_ml.cache import FrameCache
 from ahi_ml.errors import (
     ConfigError,
     DuplicateSliceError,
@@ -222,25 +223,13 @@ def phantoms() -> Iterator[Dataset]:
         )
 
 
-@dataclass(frozen=True)
-class Counted:
-    """How many frames were asked of the data store in a with block."""
-
-    store: DataStore
-
-    def __call__(self) -> Counted:
-        return self
-
-    def __enter__(self) -> list[int]:
-        self.store.__dict__["counted"] = (self._fetched(), found := [])
-        return found
-
-    def __exit__(self, *exception: object) -> None:
-        before, found = self.store.__dict__.pop("counted")
-        found.append(self._fetched() - before)
-
-    def _fetched(self) -> int:
-        return self.store.reader.stats()["fetched"]
+@contextmanager
+def counted(store: DataStore) -> Iterator[list[int]]:
+    """Gives a list, into which goes how many frames the data store was asked for in the with block."""
+    found: list[int] = []
+    before = store.reader.stats()["fetched"]
+    yield found
+    found.append(store.reader.stats()["fetched"] - before)
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +339,7 @@ class TestPhantom:
 
 class TestLaziness:
     def test_looking_sends_nothing(self, store: DataStore, volume_of: Open) -> None:
-        with Counted(store) as found:
+        with counted(store) as found:
             volume = volume_of("oblique")
             repr(volume)
             volume._repr_html_()
@@ -371,36 +360,35 @@ class TestLaziness:
             (np.s_[:, 2, 3], 11),
             (np.s_[4, 2, 3], 1),
             (np.s_[5:5], 0),
-            (np.s_[2:9][1:3, ::2], 2) if False else (np.s_[-1], 1),
+            (np.s_[-1], 1),
+            (np.s_[5:5:-1], 0),
         ],
         ids=str,
     )
     def test_a_slab_fetches_its_slices_only(self, store: DataStore, volume_of: Open, key: Any, requests: int) -> None:
         volume = volume_of("oblique")
-        with Counted(store) as found:
+        with counted(store) as found:
             values = volume[key].values
         assert found == [requests]
         np.testing.assert_array_equal(values, (2 * encoded().astype(np.float32) - 1024)[key])
 
     def test_slicing_twice_fetches_the_rest_of_both(self, store: DataStore, volume_of: Open) -> None:
         part = volume_of("oblique")[2:9][1:3]
-        with Counted(store) as found:
+        with counted(store) as found:
             np.testing.assert_array_equal(part.values, (2 * encoded().astype(np.float32) - 1024)[3:5])
         assert found == [2]
 
-    def test_the_requests_themselves(self, store: DataStore, volume_of: Open, index: DatasetIndex) -> None:
+    def test_a_loaded_volume_is_not_read_again(self, store: DataStore, volume_of: Open) -> None:
         volume = volume_of("oblique")
-        with Counted(store) as found:
+        with counted(store) as found:
             volume.load()
             volume.load()
             volume.values.sum()
         assert found == [11]
 
     def test_the_cache_serves_the_second_time(self, store: DataStore, volume_of: Open, tmp_path: Path) -> None:
-        from ahi_ml.cache import FrameCache
-
         volume = volume_of("oblique", cache=FrameCache(tmp_path / "cache"))
-        with Counted(store) as found:
+        with counted(store) as found:
             first = volume[2:6].values
             second = volume[3:5].values
         assert found == [4]
@@ -423,12 +411,13 @@ AXIS = {
 }
 
 
-class TestIndexing:
-    @pytest.fixture(scope="class")
-    def pair(self, store: DataStore, index: DatasetIndex) -> tuple[xr.DataArray, np.ndarray]:
-        volume = open_volume(store, index.where(series_instance_uid=uid_of("oblique")))
-        return volume, volume.values
+@pytest.fixture(scope="module")
+def pair(store: DataStore, index: DatasetIndex) -> tuple[xr.DataArray, np.ndarray]:
+    volume = open_volume(store, index.where(series_instance_uid=uid_of("oblique")))
+    return volume, volume.values
 
+
+class TestIndexing:
     @given(data=st.data())
     @settings(max_examples=120, deadline=None)
     def test_isel_equals_numpy(self, pair: tuple[xr.DataArray, np.ndarray], data: st.DataObject) -> None:
@@ -472,7 +461,7 @@ class TestIrregular:
         expected = 2 * encoded().astype(np.float32) - 1024
         np.testing.assert_array_equal(volume.values[present], expected[present])
         assert (volume.values[~present] == -1024).all()
-        with Counted(store) as found:
+        with counted(store) as found:
             assert (volume[3:5].values == -1024).all()
         assert found == [0]
         np.testing.assert_allclose(volume.attrs["affine"] @ [10, 0, 0, 1], [*(FIRST + 10 * STEP * NORMAL), 1])
@@ -497,7 +486,7 @@ class TestIrregular:
         np.testing.assert_array_equal(volume.values, 2 * encoded().astype(np.float32) - 1024)
 
     def test_different_frames_at_one_place_are_refused(self, volume_of: Open) -> None:
-        with pytest.raises(DuplicateSliceError, match="12 positions|11 positions"):
+        with pytest.raises(DuplicateSliceError, match="1 of 11 positions"):
             volume_of("conflict")
 
     def test_a_single_slice(self, volume_of: Open) -> None:
@@ -515,7 +504,7 @@ class TestIrregular:
         np.testing.assert_array_equal(volume.values[:, 0, 0], 10.0 * np.arange(6))
 
     def test_two_stacks_are_refused(self, volume_of: Open) -> None:
-        with pytest.raises(MixedOrientationError, match="2 stacks.*4 frames.*ImageOrientationPatient"):
+        with pytest.raises(MixedOrientationError, match=r"2 stacks.*4 frames.*ImageOrientationPatient"):
             volume_of("two stacks")
 
     def test_a_tilted_stack_keeps_its_true_step(self, volume_of: Open) -> None:
@@ -550,7 +539,7 @@ class TestKinds:
         np.testing.assert_array_equal(volume.values, expected)
         np.testing.assert_array_equal(volume.sel(channel="G").values, expected[..., 1])
         np.testing.assert_array_equal(volume[1, ::2, [4, 0], 1:].values, expected[1, ::2][:, [4, 0], 1:])
-        with Counted(store) as found:
+        with counted(store) as found:
             np.testing.assert_array_equal(volume.isel(channel=2)[1].values, expected[1, ..., 2])
         assert found == [1]
 
@@ -584,30 +573,33 @@ def sorted_rows(points: np.ndarray) -> np.ndarray:
     return points[np.lexsort(np.round(points, 2).T)]
 
 
+@pytest.fixture(scope="module")
+def real(shared_data: Path, store_folder: Path) -> Iterator[Callable[[str], xr.DataArray]]:
+    """Imports a folder of the shared data into a data store of its own and opens its one volume."""
+    with connect(store_folder, datastore="real", cache=store_folder.parent / "real-cache") as store:
+        store.progress = False
+
+        def make(name: str, **options: Any) -> xr.DataArray:
+            report = store.import_dicom(shared_data / name)
+            assert report.imported
+            uids = {
+                str(pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID)
+                for path in (shared_data / name).glob("*.dcm")
+            }
+            (uid,) = uids
+            # One of them contradicts its study and is no primary image set.
+            return open_volume(store, store.search(series_instance_uid=uid, primary=None).index(), **options)
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def known(shared_data: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((shared_data / "GEOMETRY.json").read_text())
+    return loaded
+
+
 class TestRealSeries:
-    @pytest.fixture(scope="class")
-    def real(self, shared_data: Path, store_folder: Path) -> Iterator[Callable[[str], xr.DataArray]]:
-        """Imports a folder of the shared data into a data store of its own and opens its one volume."""
-        with connect(store_folder, datastore="real", cache=store_folder.parent / "real-cache") as store:
-            store.progress = False
-
-            def make(name: str, **options: Any) -> xr.DataArray:
-                report = store.import_dicom(shared_data / name)
-                assert report.imported
-                uids = {
-                    str(pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID)
-                    for path in (shared_data / name).glob("*.dcm")
-                }
-                (uid,) = uids
-                return open_volume(store, uid, **options)
-
-            yield make
-
-    @pytest.fixture(scope="class")
-    def known(self, shared_data: Path) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads((shared_data / "GEOMETRY.json").read_text())
-        return loaded
-
     def test_ct_abdomen_is_where_a_converter_puts_it(self, real: Open, known: dict[str, Any]) -> None:
         volume = real("ct-abdomen-41")
         (other,) = known["ct-abdomen-41"]["dcm2niix"]

@@ -57,7 +57,9 @@ def test_large_caches_are_bounded_folder_by_folder(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cache_module, "_FOLDERS", 256)
     cache = FrameCache(tmp_path / "cache", max_bytes=256 * 3_300)
     fill(cache, 0, 3_000)
-    per_folder = [sum(path.stat().st_size for path in folder.iterdir()) for folder in (tmp_path / "cache/frames").iterdir()]
+    per_folder = [
+        sum(path.stat().st_size for path in folder.iterdir()) for folder in (tmp_path / "cache/frames").iterdir()
+    ]
     assert max(per_folder) <= 3_300 + 1_100
     assert cache.stats()["evictions"] > 1_000
 

@@ -3,6 +3,8 @@
 It costs an eighth of boto3's CPU a request and hands the GIL over as little, which leaves the cores
 to the decoders. What it sends, whom it trusts and when it tries again are boto3's: endpoint,
 credentials, proxies, certificates and time-outs come from the client, errors become the same classes.
+Beyond boto3, a body that is no frame and an image set that is not ready are asked for again, a frame
+has a deadline, and there is no budget of retries that a burst of throttling would use up.
 """
 
 from __future__ import annotations
@@ -130,8 +132,8 @@ class CurlTransport:
     def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
         """Start fetching the encoded bytes of a frame.
 
-        I/O: one request, in the background, tried again as boto3's standard mode does. The future
-        raises `ServiceError` or one of its kinds.
+        I/O: one request, in the background, and up to seven more. The future raises `ServiceError` or
+        one of its kinds.
         """
         request = _Request(image_set_id, frame_id, Future())
         with self._lock:

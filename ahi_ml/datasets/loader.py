@@ -86,6 +86,9 @@ class FrameLoader:
         self._ahead = 1 + math.ceil(frames_ahead / batch_size)
         self._buffers = _BufferPool(self._ahead + 2)
 
+    def __repr__(self) -> str:
+        return f"<FrameLoader: {len(self):,} batches of {self.batch_size} over {self.dataset!r}, epoch {self.epoch}>"
+
     def __len__(self) -> int:
         """Batches of an epoch."""
         rows = len(self._sampler) if isinstance(self._sampler, Sized) else len(self.dataset)

@@ -65,7 +65,7 @@ class DatasetIndex:
 
     def __repr__(self) -> str:
         series = self._used_series()
-        keys = self._tables.series["patient_key"].take(pa.array(series))
+        keys = self._tables.series["patient_key"].take(pa.array(series)).drop_null()
         modalities = sorted(set(self._tables.series["Modality"].take(pa.array(series)).to_pylist()) - {None})
         text = (
             f"<DatasetIndex: {len(self):,} frames, {len(series):,} series, {len(keys.unique()):,} patients"
@@ -170,8 +170,9 @@ class DatasetIndex:
         by : {"patient", "study", "series"}
             What must stay together. Series of one study always do, except by series.
         seed : int
-            Another seed, another split. Together with the patient key it decides alone: new data
-            moves nobody.
+            Another seed, another split. Together with the patient key's secret it decides alone: new data
+            moves nobody. Without a secret of your own (``index(patient_key=...)``, ``AHI_ML_PATIENT_KEY``, or the
+            file that `save` writes) the secret, and so the split, is another one for each index built.
 
         Returns
         -------
@@ -214,6 +215,8 @@ class DatasetIndex:
                 len(part),
                 100 * len(part) / max(len(self), 1),
             )
+            if not len(part) and len(self):
+                _LOG.warning("split: part %r is empty; with few patients another seed divides otherwise", name)
         return result
 
     # Looking

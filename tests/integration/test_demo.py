@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("demo")
     write_patients(data)
     said: list[str] = []
     first = run_demo(folder, data=data, steps=3, say=said.append, progress=False)
     second = run_demo(folder, data=data, steps=2, say=said.append, progress=False)
-    yield Run(data, folder, first, second, said)
+    return Run(data, folder, first, second, said)
 
 
 def jobs_of(folder: Path) -> list[Any]:

@@ -7,6 +7,7 @@ client would.
 from __future__ import annotations
 
 import base64
+import collections
 import functools
 import json
 import os
@@ -1365,6 +1366,24 @@ class TestBoth:
         assert sorted(each.frame_id for each in server.seen) == ids
         assert 2 < server.most_open <= 12
         assert server.most_asked <= 12
+
+    @pytest.mark.usefixtures("at_once")
+    def test_a_burst_of_throttling_is_outlived(self, make: Make, serve: Any, connect: Any) -> None:
+        """Also where it uses up the hundred retries that a boto3 client grants itself."""
+        asked: collections.Counter[str] = collections.Counter()
+
+        def script(seen: Seen) -> Act:
+            with counting:
+                asked[seen.frame_id] += 1
+            return THROTTLED if asked[seen.frame_id] <= 4 else Reply(body=body_of(seen.frame_id))
+
+        counting = threading.Lock()
+        transport = make(connect(serve(script).url), in_flight=16)
+        ids = [f"{number:032x}" for number in range(40)]
+        futures = [transport.fetch(IMAGE_SET, each) for each in ids]
+        assert [outcome(each) for each in futures] == [body_of(each) for each in ids]
+        transport.close()
+        assert set(asked.values()) == {5}
 
     @pytest.mark.parametrize("size", [1, 64 * 1024, 5 * 1024 * 1024])
     @pytest.mark.parametrize("chunked", [False, True])

@@ -20,7 +20,7 @@ from ahi_ml.cache import FrameCache
 from ahi_ml.client import FrameTransport
 from ahi_ml.codec import crc32, decode
 from ahi_ml.config import decode_threads
-from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError
+from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.pixels import Rescale, Window, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
 from ahi_ml.types import AnyArray, Buffer, FrameStep, Output
@@ -107,6 +107,7 @@ class Batch:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self.cancelled = False
+        self.requests: list[Future[bytes]] = []
         if count == 0:
             self._done.set()
 
@@ -119,8 +120,10 @@ class Batch:
                 self._done.set()
 
     def cancel(self) -> None:
-        """Let frames that have not been decoded go."""
+        """Let frames go that have not been decoded, and requests that have not been sent. I/O: none."""
         self.cancelled = True
+        for request in list(self.requests):
+            request.cancel()
 
     def outcomes(self, timeout_s: float | None = None) -> list[AnyArray | BaseException]:
         """Arrays, or the errors in their places, in the order submitted.
@@ -213,7 +216,7 @@ class Reader:
             if cache is None:
                 self._fetch(task, None)
             else:
-                self._pool.submit(self._guard, task, self._from_cache, cache)
+                self._hand_over(task, self._from_cache, cache)
         return batch
 
     def read(
@@ -245,7 +248,7 @@ class Reader:
     def _guard(self, task: _Task, work: Callable[..., None], *arguments: Any) -> None:
         """Run a stage; whatever it raises is the frame's outcome."""
         if task.batch.cancelled:
-            task.batch.finish(task.slot, DataError("cancelled"))
+            self._let_go(task)
             return
         try:
             work(task, *arguments)
@@ -260,6 +263,8 @@ class Reader:
             return
         try:
             array, verified = self._convert(task, entry.data, trusted=entry.verified)
+        except UnsupportedTransferSyntaxError:
+            raise
         except (ChecksumError, DecodeError):
             # Bytes that were cached without a check, and are wrong: ask the data store itself.
             cache.drop(self._datastore_id, source.frame_id)
@@ -269,16 +274,37 @@ class Reader:
         task.batch.finish(task.slot, array)
 
     def _fetch(self, task: _Task, cache: FrameCache | None) -> None:
+        if task.batch.cancelled:
+            self._let_go(task)
+            return
         task.fetches += 1
         future = self._transport.fetch(task.source.image_set_id, task.source.frame_id)
+        task.batch.requests.append(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
-        future.add_done_callback(lambda done: self._pool.submit(self._guard, task, self._from_network, done, cache))
+        future.add_done_callback(lambda done: self._hand_over(task, self._from_network, done, cache))
+
+    def _hand_over(self, task: _Task, work: Callable[..., None], *arguments: Any) -> None:
+        """Give a stage to the pool; once the reader is closed, the frame's outcome says so."""
+        try:
+            stage = self._pool.submit(self._guard, task, work, *arguments)
+        except RuntimeError:
+            self._let_go(task)
+        else:
+            stage.add_done_callback(lambda done: self._let_go(task) if done.cancelled() else None)
+
+    def _let_go(self, task: _Task) -> None:
+        task.batch.finish(task.slot, DataError(f"frame {task.source.frame_id} was given up before it came"))
 
     def _from_network(self, task: _Task, done: Future[bytes], cache: FrameCache | None) -> None:
+        if done.cancelled():
+            self._let_go(task)
+            return
         data = done.result()
         source = task.source
         try:
             array, verified = self._convert(task, data, trusted=False)
+        except UnsupportedTransferSyntaxError:
+            raise
         except (ChecksumError, DecodeError):
             if task.fetches > 1:
                 raise

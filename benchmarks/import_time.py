@@ -18,7 +18,7 @@ from benchmarks.runner import Measurement, Ratio, result, take_turns
 
 __all__ = ["run"]
 
-_ROUNDS = {"toy": 1, "small": 7, "full": 25}
+_ROUNDS = {"toy": 1, "small": 7, "full": 11}
 _BUDGET_S = 0.1
 _CODE = {
     "bare interpreter": "pass",

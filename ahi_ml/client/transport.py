@@ -29,7 +29,10 @@ class FrameTransport(Protocol):
     """Something that fetches frames."""
 
     def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
-        """Start fetching the encoded bytes of a frame. I/O: one request, in the background."""
+        """Start fetching the encoded bytes of a frame. I/O: one request, in the background.
+
+        The future may be cancelled until its request is sent.
+        """
         ...
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ def identified(series: str, number: int, **changes: Any) -> pydicom.Dataset:
             made,
             name,
             f"{CANARY}{name}"[:16]
-            if name in ("AccessionNumber", "StudyID", "StationName", "EthnicGroup")
+            if name in ("AccessionNumber", "StudyID", "StationName", "EthnicGroup", "Occupation")
             else f"{CANARY} {name}",
         )
     for name in TELEPHONES:

@@ -24,11 +24,18 @@ from pydicom.pixels import (
 )
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, crc32
-from ahi_ml.errors import ChecksumError, ConfigError, DecodeError, NotFoundError, UnsupportedTransferSyntaxError
+from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32
+from ahi_ml.errors import (
+    ChecksumError,
+    ConfigError,
+    DataError,
+    DecodeError,
+    NotFoundError,
+    UnsupportedTransferSyntaxError,
+)
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.metadata import PROFILE_COLUMNS
-from ahi_ml.pixels import Normalize, Scale, Window
+from ahi_ml.pixels import Normalize, Rescale, Scale, Window
 from ahi_ml.reader import Reader, ReadOptions
 
 STORE = "d" * 32
@@ -69,6 +76,8 @@ class Served:
             self._thread.submit(self._answer, frame_id, self.held[frame_id].pop(0)).result(PATIENCE_S)
 
     def _answer(self, frame_id: str, future: Future[bytes]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         queue = self.answers[frame_id]
         answer = queue.pop(0) if len(queue) > 1 else queue[0]
         if isinstance(answer, BaseException):
@@ -353,7 +362,8 @@ class TestCache:
         stats = reader.stats()
         assert (stats["fetched"], stats["cached"], stats["verified"], stats["unverified"]) == (3, 3, 6, 0)
         assert stats["bytes_fetched"] == 3 * 12 * 17 * 2
-        assert cache.stats() == {"hits": 3, "misses": 3, "writes": 3, "corrupt": 0}
+        counts = cache.stats()
+        assert [counts[name] for name in ("hits", "misses", "writes", "corrupt")] == [3, 3, 3, 0]
 
     def test_a_poisoned_unverified_entry_is_replaced(self, reader_of: Callable[..., Reader], cache: FrameCache) -> None:
         images, (source,), blobs = raw_frames(1)
@@ -605,3 +615,40 @@ class TestValues:
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ReadOptions(**options)
+
+
+def test_closing_the_reader_gives_every_frame_an_outcome() -> None:
+    class Never:
+        def __init__(self) -> None:
+            self.futures: list[Future[bytes]] = []
+
+        def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
+            self.futures.append(Future())
+            return self.futures[-1]
+
+        def close(self) -> None:
+            for future in self.futures:
+                future.cancel()
+
+    transport = Never()
+    reader = Reader(transport, "0" * 32)
+    pixels = PixelFormat(4, 4)
+    profile = FrameProfile(
+        syntax="1.2.840.10008.1.2.4.202",
+        pixels=pixels,
+        checksum_of="samples",
+        modality=Rescale(),
+        windows=(),
+        voi=None,
+        palette=None,
+        inverted=False,
+        padding=None,
+        lossy=False,
+        spacing=None,
+    )
+    batch = reader.submit([FrameSource("1" * 32, f"{n:032x}", 1, profile) for n in range(9)], ReadOptions())
+    reader.close()
+    assert all(isinstance(outcome, DataError) for outcome in batch.outcomes(5))
+    other = Reader(Never(), "0" * 32).submit([FrameSource("1" * 32, "2" * 32, 1, profile)], ReadOptions())
+    other.cancel()
+    assert isinstance(other.outcomes(5)[0], DataError)

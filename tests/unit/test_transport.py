@@ -67,6 +67,8 @@ STORE = "d" * 32
 IMAGE_SET = "5" * 32
 FRAME = "f" * 32
 PATH = f"/datastore/{STORE}/imageSet/{IMAGE_SET}/getImageFrame"
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 KEYS = AccessKeys("AKIATESTTESTTESTTEST", "secret/of+tests/0123456789abcdefghijklmn")
 REGION = "us-east-1"
 FRAME_BYTES = b"\xffO\xffQ" + bytes(range(256)) * 4
@@ -243,13 +245,17 @@ def serve() -> Iterator[Callable[..., Server]]:
         server.close()
 
 
-@pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Connection]]:
-    """Makes connections to a URL, with the tests' keys unless told otherwise, in an environment without proxies."""
-    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxies and certificates of the machine's."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "requests_ca_bundle"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Connection]]:
+    """Makes connections to a URL, with the tests' keys unless told otherwise."""
     made: list[Connection] = []
 
     def make(url: str | None, keys: AccessKeys | None = KEYS, region: str = REGION) -> Connection:
@@ -911,7 +917,6 @@ class TestLeanEndpoint:
     def test_trusted_certificates(
         self, environment: dict[str, str], expected: str, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        connect(None)  # clears the environment
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert agree(connect(None)).ca_bundle == expected
@@ -1087,7 +1092,6 @@ class TestProxy:
         self, make: Make, host: str, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proxy = serve(Reply())
-        connect(None)
         monkeypatch.setenv("HTTP_PROXY", f"http://me:p%40ss@127.0.0.1:{proxy.port}")
         transport = make(connect(f"http://{host}/base"))
         assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
@@ -1105,7 +1109,6 @@ class TestProxy:
         self, make: Make, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proxy, server = serve(Reply(body=b"by proxy")), serve(Reply())
-        connect(None)
         monkeypatch.setenv("NO_PROXY", "*")
         transport = make(custom(server.url, proxies={"http": proxy.url}, inject_host_prefix=False))
         assert outcome(transport.fetch(IMAGE_SET, FRAME)) == b"by proxy"
@@ -1114,7 +1117,6 @@ class TestProxy:
     @both
     def test_no_proxy(self, make: Make, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         proxy, server = serve(Reply(body=b"by proxy")), serve(Reply())
-        connect(None)
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         transport = make(connect(server.url))
@@ -1130,7 +1132,6 @@ class TestProxy:
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        connect(None)
         monkeypatch.setenv("HTTP_PROXY", proxy.format(port=port))
         transport = make(connect("http://store.example"))
         found = outcome(transport.fetch(IMAGE_SET, FRAME))
@@ -1144,7 +1145,6 @@ class TestProxy:
         self, make: Make, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proxy = serve(Reply(407, b"", ()))
-        connect(None)
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         transport = make(connect("https://store.example"))
         found = outcome(transport.fetch(IMAGE_SET, FRAME))
@@ -1204,7 +1204,6 @@ class TestTls:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         server = serve(Reply(), tls=self.context(certificate))
-        connect(None)
         monkeypatch.setenv(variable, certificate[0])
         transport = make(connect(server.url))
         assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
@@ -1214,7 +1213,6 @@ class TestTls:
         self, make: Make, serve: Any, connect: Any, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         server = serve(Reply(), tls=self.context(certificate))
-        connect(None)
         monkeypatch.setenv("AWS_CA_BUNDLE", certificate[0])
         transport = make(connect(f"https://localhost:{server.port}"))
         assert isinstance(outcome(transport.fetch(IMAGE_SET, FRAME)), ConnectionFailedError)
@@ -1235,7 +1233,6 @@ class TestTls:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(certificate[0])
         server = serve(Reply(), tls=context)
-        connect(None)
         monkeypatch.setenv("AWS_CA_BUNDLE", certificate[0])
         options = {"client_cert": certificate} if shown else {}
         transport = make(custom(server.url, inject_host_prefix=False, **options))
@@ -1296,7 +1293,6 @@ class TestBestTransport:
         assert self.by(server) == ["boto3"]
 
     def test_boto3_for_what_lean_cannot_do(self, serve: Any, connect: Any) -> None:
-        connect(None)
         server = serve(Reply())
         connection = custom(
             server.url, inject_host_prefix=False, proxies={}, proxies_config={"proxy_use_forwarding_for_https": True}
@@ -1601,7 +1597,6 @@ class TestLean:
         server = serve(script)
         transport = the_lean(connect(server.url), in_flight=1)
         futures = [transport.fetch(IMAGE_SET, FRAME), transport.fetch(IMAGE_SET, "0" * 32)]
-        wait(futures[:0])
         deadline = time.monotonic() + PATIENCE_S
         while len(server.seen) < 2:
             assert time.monotonic() < deadline
@@ -1609,6 +1604,26 @@ class TestLean:
         spent = time.process_time()
         assert [outcome(each) for each in futures] == [FRAME_BYTES] * 2
         assert time.process_time() - spent < 0.4
+
+    def test_no_wake_up_is_lost(self, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Frames asked for just before and just after the thread silences its bell."""
+        drain = CurlTransport._drain
+        between: list[Future[bytes]] = []
+
+        def drain_slowly(self: CurlTransport) -> None:
+            ask = len(between) < 2
+            if ask:
+                between.append(self.fetch(IMAGE_SET, FRAME))
+            drain(self)
+            if ask:
+                between.append(self.fetch(IMAGE_SET, FRAME))
+
+        monkeypatch.setattr(CurlTransport, "_drain", drain_slowly)
+        transport = the_lean(connect(serve(Reply()).url))
+        for _ in range(3):
+            assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        assert [outcome(each) for each in between] == [FRAME_BYTES] * 2
+        transport.close()
 
     def test_a_thread_that_cannot_start_its_work(
         self, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

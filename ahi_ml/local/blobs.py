@@ -88,8 +88,11 @@ class BlobStore:
         removed = 0
         for folder in self.root.iterdir():
             for file in folder.iterdir():
-                if folder.name + file.name in keep or file.stat().st_mtime > limit:
+                try:
+                    if folder.name + file.name in keep or file.stat().st_mtime > limit:
+                        continue
+                    file.unlink()
+                except FileNotFoundError:  # a temporary file that has just found its place
                     continue
-                file.unlink(missing_ok=True)
                 removed += 1
         return removed

@@ -72,6 +72,13 @@ class Catalog:
         except sqlite3.Error as error:
             raise LocalStoreError(f"cannot open the catalog {path}: {error}") from error
 
+    def busy(self) -> bool:
+        """Whether another thread works on the catalog right now: whoever must not wait asks first."""
+        free = self._lock.acquire(blocking=False)
+        if free:
+            self._lock.release()
+        return not free
+
     def close(self) -> None:
         """Close the file. I/O: checkpoints the journal."""
         with self._lock:
@@ -329,6 +336,7 @@ class Catalog:
         """Drop a deleted image set's frames and documents; its versions stay as a tombstone."""
         self._do("DELETE FROM frames WHERE image_set_id=?", (image_set_id,))
         self._do("DELETE FROM documents WHERE image_set_id=?", (image_set_id,))
+        self._do("UPDATE versions SET state='DELETED', workflow='DELETED' WHERE image_set_id=?", (image_set_id,))
 
     def blobs(self) -> set[str]:
         """The names of all blobs that some frame refers to."""

@@ -7,6 +7,7 @@ looking at values that stand in the document, the functions that edit refuse wha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from copy import deepcopy
@@ -61,7 +62,9 @@ def parse_tree(text: str | bytes, member: str) -> Json:
         It is no JSON object of the expected shape.
     """
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        json.dumps(tree, ensure_ascii=False).encode()  # half surrogate pairs would break the catalog later
+        deepcopy(tree)
     except (ValueError, RecursionError) as error:
         raise InvalidEdit(f"{member} is not valid JSON") from error
     if not isinstance(tree, dict) or str(tree.get("SchemaVersion")) != "1.1":
@@ -71,6 +74,17 @@ def parse_tree(text: str | bytes, member: str) -> Json:
     for _ in _nodes(tree, member):
         pass
     return tree
+
+
+def _refuse_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
 
 
 def _nodes(tree: Json, member: str) -> Iterator[tuple[str, str | None, str | None, Json]]:
@@ -111,7 +125,7 @@ def check(tree: Json, member: str, *, force: bool, primary: bool) -> None:
 def _check_element(level: str, key: str, value: Any, member: str, *, force: bool, primary: bool) -> None:
     if key in _NEVER:
         raise InvalidEdit(f"{key} cannot be changed")
-    if key in _UIDS and primary and member == "updatableAttributes":
+    if key in _UIDS and primary:
         raise InvalidEdit(f"{key} of a primary image set cannot be changed: copy the image set, then change the copy")
     tag = datadict.tag_for_keyword(key)
     if tag is not None and LEVEL_OF.get(key, "Instance") != level:

@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ def attach(path: Path, *, create: bool = True, faults: Mapping[str, Any] | None 
         if endpoint is not None and endpoint.host == hostname():
             connection = _take_lease(endpoint, faults)
             if connection is not None:
+                if candidate is not None:  # it outlives us, or is reaped when it ends
+                    threading.Thread(target=candidate.wait, name="ahi-ml-reaper", daemon=True).start()
                 return Lease(endpoint, keys, connection, os.getpid())
         if candidate is None or candidate.poll() == 0:
             # None: nobody tried yet. 0: another candidate was first, and may have ended since.

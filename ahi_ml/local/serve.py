@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,8 @@ from ahi_ml.local.files import Endpoint, StoreFolder, hostname
 from ahi_ml.local.process import proof
 
 if TYPE_CHECKING:
+    from ahi_ml.local.blobs import BlobStore
+    from ahi_ml.local.catalog import Catalog
     from ahi_ml.local.server import Application
 
 __all__ = ["serve_folder"]
@@ -36,6 +38,8 @@ _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
 _LOCK_ELSEWHERE_S = 2.0
 _LOOPBACK = "127.0.0.1"
+_MOST_HEAD = 64 * 1024
+_MOST_CONNECTIONS = 1024
 
 
 def serve_folder(
@@ -136,13 +140,15 @@ async def _serve(
         catalog, blobs, jobs, endpoint.region, endpoint.account, bytes.fromhex(keys.page_secret), settling
     )
     recover_writes(context)
-    settling.submit(lambda: blobs.sweep(catalog.blobs()))
+    # Nobody waits for the sweep, and its thread ends with the process wherever it is.
+    threading.Thread(target=_sweep, args=(blobs, catalog), name="ahi-ml-sweep", daemon=True).start()
     verifier = Verifier({keys.access_key_id: keys.secret_access_key}, endpoint.region)
     application = Application(context, verifier)
     application.set_faults(faults)
     config = uvicorn.Config(
         application,
-        http="httptools",
+        http=_bounded_protocol(),
+        limit_concurrency=_MOST_CONNECTIONS,
         ws="none",
         lifespan="off",
         access_log=False,
@@ -157,6 +163,7 @@ async def _serve(
     def stop() -> None:
         folder.withdraw()
         server.should_exit = True
+        leases.refuse()
 
     if threading.current_thread() is threading.main_thread():
         # uvicorn ends in order on this signal, and then raises it again for the handler it found.
@@ -177,10 +184,44 @@ async def _serve(
         watching.cancel()
         holders.close()
         leases.drop_all()
+        await asyncio.sleep(0)  # lets the closed leases go, so that holders notice before the last job ends
         application.close()
-        jobs.close()
+        await asyncio.to_thread(jobs.close)
         settling.shutdown()
         catalog.close()
+
+
+def _sweep(blobs: BlobStore, catalog: Catalog) -> None:
+    try:
+        blobs.sweep(catalog.blobs())
+    except Exception:  # the server may be closing the catalog; the next one sweeps again
+        _LOG.debug("the sweep of unused blobs was cut short", exc_info=True)
+
+
+def _bounded_protocol() -> Any:
+    """uvicorn's protocol with a bound on what comes before the headers end: nobody is authenticated yet."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Bounded(HttpToolsProtocol):
+        head_bytes = 0
+        in_head = True
+
+        def data_received(self, data: bytes) -> None:
+            if self.in_head:
+                self.head_bytes += len(data)
+            super().data_received(data)
+            if self.in_head and self.head_bytes > _MOST_HEAD:
+                self.transport.close()
+
+        def on_message_begin(self) -> None:
+            self.in_head, self.head_bytes = True, 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            super().on_headers_complete()
+
+    return Bounded
 
 
 def _fields(endpoint: Endpoint) -> dict[str, object]:
@@ -216,7 +257,7 @@ class _Leases:
             writer.write(proof(self._token, "ready").encode() + b"\n")
             await writer.drain()
             await reader.read()  # returns when the holder is gone, however it went
-        except (OSError, ValueError, TypeError, AttributeError, TimeoutError):
+        except (OSError, ValueError, TypeError, AttributeError, TimeoutError, RecursionError):
             return
         finally:
             if self._held.pop(writer, False) is not False:
@@ -230,14 +271,19 @@ class _Leases:
 
     async def watch(self) -> None:
         """End the server when nobody has held it for a while and its jobs are done."""
-        while not self._until_stopped:
+        while True:
             await asyncio.sleep(0.1)
+            if self._until_stopped:
+                continue
             if self._held or not self._idle():
                 self._quiet_since = max(self._quiet_since, time.monotonic())
             elif time.monotonic() - self._quiet_since > _LINGER_S:
-                self._stopping = True
                 self._stop()
                 return
+
+    def refuse(self) -> None:
+        """Take no further leases: who asks looks for, or starts, the next server."""
+        self._stopping = True
 
     def drop_all(self) -> None:
         """Close what is left, so that holders notice."""

@@ -85,7 +85,7 @@ class Application:
         )
         self._verifier.verify(request)
         asked = self._protocol.parse(request)
-        if asked.operation in _INLINE:
+        if asked.operation in _INLINE and not self._context.catalog.busy():
             result = call(self._context, asked.operation, asked.params)
         else:
             loop = asyncio.get_running_loop()
@@ -95,15 +95,12 @@ class Application:
 
 async def _body(receive: Receive) -> bytes:
     message = await receive()
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-        return body
-    parts = [body]
-    size = len(body)
-    while message.get("more_body"):
+    parts = [message.get("body", b"")]
+    size = len(parts[0])
+    while message.get("more_body") and size <= _MOST_BODY:
         message = await receive()
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > _MOST_BODY:
-            raise ServiceFault("RequestEntityTooLargeException", f"A request has at most {_MOST_BODY} bytes", 413)
-    return b"".join(parts)
+    if size > _MOST_BODY:
+        raise ServiceFault("RequestEntityTooLargeException", f"A request has at most {_MOST_BODY} bytes", 413)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -40,6 +40,8 @@ class UriMap:
         bucket, _, key = uri[5:].partition("/")
         if ".." in key.split("/") or "\0" in key or bucket.startswith("."):
             raise LocalStoreError("the key of an s3:// URI leaves its bucket")
+        if bucket != MACHINE_BUCKET and key.startswith("/"):
+            raise LocalStoreError("the key of an s3:// URI leaves its bucket")
         if bucket == MACHINE_BUCKET:
             return Path(os.path.abspath(os.sep)), key
         return self.root / bucket, key

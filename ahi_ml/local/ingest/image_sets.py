@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Group",
     "Instance",
     "add_instance",
+    "document_keys",
     "grouping_keys",
     "new_document",
     "pack",
@@ -65,6 +67,12 @@ def grouping_keys(levels: Levels) -> tuple[str, str]:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     return digest(STUDY_GROUPING), digest(GROUPING)
+
+
+def document_keys(document: Json) -> tuple[str, str]:
+    """`grouping_keys` of what a document says now. I/O: none."""
+    series = next(iter(document["Study"]["Series"].values()))
+    return grouping_keys(Levels(document["Patient"]["DICOM"], document["Study"]["DICOM"], series["DICOM"]))
 
 
 def new_document(datastore_id: str, image_set_id: str, series_uid: str) -> Json:
@@ -147,6 +155,7 @@ def search_columns(document: Json) -> dict[str, str | None]:
     }
 
 
+_SERIES_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
 _TAGS = {
     "Patient": {
         "DICOMPatientId": ("PatientID", 512),
@@ -183,7 +192,7 @@ def search_tags(document: Json) -> Json:
         for name, (keyword, longest) in names.items():
             if (value := _clean(levels[level].get(keyword))) is not None:
                 tags[name] = value[:longest]
-    if (number := _clean(series["DICOM"].get("SeriesNumber"))) and number.lstrip("+-").isdigit():
+    if (number := _clean(series["DICOM"].get("SeriesNumber"))) and _SERIES_NUMBER.fullmatch(number):
         tags["DICOMSeriesNumber"] = int(number)
     tags["DICOMNumberOfStudyRelatedSeries"] = len(document["Study"]["Series"])
     tags["DICOMNumberOfStudyRelatedInstances"] = len(series["Instances"])

@@ -45,6 +45,7 @@ _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _DISCARDED = 0xB006
 _BAD_UID = 0xB201
+_LONGEST_LOCK_S = 60.0
 
 Json = dict[str, Any]
 
@@ -106,14 +107,21 @@ def run_job(
                     group = groups[series_key] = Group(study, series, study_key, series_key)
                 group.instances.append(result)
             else:
-                failures.append(
-                    {
-                        "inputFile": key,
-                        "exception": {"exceptionType": "ValidationException", "message": result},
-                    }
-                )
-    committed = [(group, _commit(catalog, store, group)) for group in groups.values()]
+                failures.append(_failure(key, result))
+    committed: list[tuple[Group, ImageSet]] = []
+    for group in groups.values():
+        try:
+            committed.append((group, _commit_when_free(catalog, store, group)))
+        except Exception as error:
+            # One image set that cannot be written must not take the others, and their report, with it.
+            _LOG.exception("an image set of job %s could not be written", job.id)
+            reason = str(error) if isinstance(error, _Busy) else "the image set could not be written"
+            failures += [_failure(instance.key, reason, "InternalServerException") for instance in group.instances]
     _report(output, job, len(files), committed, failures)
+
+
+def _failure(key: str, reason: str, kind: str = "ValidationException") -> Json:
+    return {"inputFile": key, "exception": {"exceptionType": kind, "message": reason}}
 
 
 def _scan(found: Iterable[tuple[str, Path]], limits: Limits) -> list[tuple[str, Path]]:
@@ -231,13 +239,35 @@ def _warning(code: int, kind: str, text: str) -> Json:
     return {"warning_reason_code": code, "type": kind, "message": text}
 
 
+class _Busy(Exception):
+    """The image set is LOCKED by another write; the text goes into the files' lines."""
+
+
+def _commit_when_free(catalog: Catalog, store: Datastore, group: Group) -> ImageSet:
+    """Write a group once no update, copy or deletion holds its image set."""
+    deadline = time.monotonic() + _LONGEST_LOCK_S
+    while True:
+        try:
+            return _commit(catalog, store, group)
+        except _Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def _commit(catalog: Catalog, store: Datastore, group: Group) -> ImageSet:
     """Write one image set, new or as a new version, in one transaction."""
     with catalog.transaction():
-        now = time.time()
+        now = round(time.time(), 3)  # what answers show, so that a search by them finds it
         known = catalog.series_image_sets(store.id, group.series_uid)
         same = [found for found in known if found.series_key == group.series_key]
-        target = next((found for found in same if found.is_primary), same[0] if same else None)
+        target = next((found for found in same if found.is_primary), None)
+        if target is None and same and any(found.is_primary for found in known):
+            target = same[0]  # what contradicts the primary stays together
+        if target is not None:
+            version_now = catalog.version(target.id, target.version)
+            if version_now is not None and version_now.state == "LOCKED":
+                raise _Busy(f"image set {target.id} stays locked by another operation")
         if target is None:
             primaries = catalog.primaries(store.id, study_uid=group.study_uid)
             fits = all(p.study_key == group.study_key for p in primaries)

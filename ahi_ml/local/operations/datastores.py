@@ -71,6 +71,8 @@ def delete_datastore(context: Context, params: Json) -> Json:
         store = context.datastore(params["datastoreId"])
         if context.catalog.count_image_sets(store.id):
             raise ServiceFault("ConflictException", f"Datastore with id {store.id} is not empty")
+        if any(job.ended is None for job in context.catalog.jobs(store.id)):
+            raise ServiceFault("ConflictException", f"Datastore with id {store.id} has import jobs that have not ended")
         context.catalog.save_datastore(replace(store, status="DELETED", updated=context.clock(), client_token=None))
     return {"datastoreId": store.id, "datastoreStatus": "DELETING"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ahi_ml.local import edits
 from ahi_ml.local.catalog import ImageSet, Version
-from ahi_ml.local.ingest.image_sets import pack, search_columns, search_tags, unpack
+from ahi_ml.local.ingest.image_sets import document_keys, pack, search_columns, search_tags, unpack
 from ahi_ml.local.operations.context import Context
 from ahi_ml.local.protocol import ServiceFault
 
@@ -23,6 +23,7 @@ __all__ = ["copy_image_set", "delete_image_set", "recover_writes", "update_image
 Json = dict[str, Any]
 _MOST_COPIED_FRAMES = 1_000
 _MOST_PAYLOAD = 10 * 1024
+_CUT_SHORT = "INTERNAL_ERROR: The operation was cut short; try again."
 _NOTHING: Json = dict.fromkeys(
     ("patient_id", "accession_number", "study_id", "study_uid", "series_uid", "study_moment")
 )
@@ -68,6 +69,7 @@ def _settle(context: Context, version: Version, workflow: str, document: Json | 
     if document is not None:
         context.catalog.save_document(version.image_set_id, version.version, pack(document))
         columns: Json = dict(search_columns(document))
+        columns["study_key"], columns["series_key"] = document_keys(document)
         row = replace(row, tags=search_tags(document), **columns)
     context.catalog.save_version(replace(version, state="ACTIVE", workflow=workflow, updated=now, message=message))
     context.catalog.save_image_set(replace(row, updated=now))
@@ -121,7 +123,7 @@ def update_image_set_metadata(context: Context, params: Json) -> Json:
         for (_, attempt), document in zip(locked, documents, strict=True):
             _settle(context, attempt, "UPDATED", document, None)
 
-    context.later(work)
+    context.later(work, lambda: _settle_stranded(context, {each.id for each, _ in locked}))
     return {"datastoreId": found.datastore_id, **_properties(found, version)}
 
 
@@ -202,7 +204,7 @@ def copy_image_set(context: Context, params: Json) -> Json:
         )
         _settle(context, version, "COPIED", merged, None)
 
-    context.later(work)
+    context.later(work, lambda: _settle_stranded(context, {source.id, destination.id}))
     return {
         "datastoreId": source.datastore_id,
         "sourceImageSetProperties": {
@@ -292,7 +294,7 @@ def delete_image_set(context: Context, params: Json) -> Json:
         assert current is not None
         deleting = replace(current, state="LOCKED", workflow="DELETING", updated=context.clock())
         context.catalog.save_version(deleting)
-    context.later(lambda: _delete(context, found, deleting))
+    context.later(lambda: _delete(context, found, deleting), lambda: _settle_stranded(context, {found.id}))
     return {
         "datastoreId": found.datastore_id,
         "imageSetId": found.id,
@@ -312,15 +314,24 @@ def _delete(context: Context, found: ImageSet, deleting: Version) -> None:
 
 def recover_writes(context: Context) -> None:
     """Settle what a killed server left LOCKED: deletions finish, other attempts have failed."""
+    _settle_stranded(context, {version.image_set_id for version in context.catalog.unsettled_versions()})
+
+
+def _settle_stranded(context: Context, image_set_ids: set[str]) -> None:
     for version in context.catalog.unsettled_versions():
+        if version.image_set_id not in image_set_ids:
+            continue
         with context.catalog.transaction():
             found = context.catalog.image_set_of(version.image_set_id)
             if version.workflow == "DELETING":
                 _delete(context, found, version)
+            elif version.workflow == "COPYING" and context.catalog.document(found.id, version.version) is None:
+                # A new copy without a document is nothing to go on with.
+                _delete(context, found, replace(version, message=_CUT_SHORT))
             elif version.workflow == "COPYING_WITH_READ_ONLY_ACCESS":
                 context.catalog.save_version(replace(version, state="ACTIVE", workflow=_before_copy(version)))
             else:
-                _settle(context, version, _FAILED.get(version.workflow, "UPDATE_FAILED"), None, "The server stopped")
+                _settle(context, version, _FAILED.get(version.workflow, "UPDATE_FAILED"), None, _CUT_SHORT)
 
 
 def _before_copy(version: Version) -> str:

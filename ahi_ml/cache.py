@@ -65,6 +65,7 @@ class _State:
     lock: threading.Lock = field(default_factory=threading.Lock)
     disabled: bool = False
     ready: bool = False
+    private: bool = False
     most_bytes: int = 0
     written: dict[str, int] = field(default_factory=dict)
 
@@ -126,10 +127,12 @@ class FrameCache:
         """The cached frame, or None. I/O: one file; a damaged one is deleted and counted."""
         path = self._path(datastore_id, frame_id)
         try:
+            self._check_private()
             with open(path, "rb", buffering=0) as file:
                 data = file.read()
                 if time.time() - os.fstat(file.fileno()).st_mtime > _TOUCH_AFTER_S:
-                    os.utime(path)  # the clock of "used longest ago"; rarely, because it costs a write
+                    with suppress(OSError):  # a read-only folder, or an eviction just now: the bytes are good
+                        os.utime(path)  # the clock of "used longest ago"; rarely, because it costs a write
         except FileNotFoundError:
             self._count(misses=1)
             return None
@@ -269,14 +272,24 @@ class FrameCache:
         if state.ready:
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_private()
+        # Of what is free and what the cache holds already: its bound must not shrink as it grows.
+        held = _FOLDERS * sum(path.stat().st_size for path in self.folder.glob("frames/00/*"))
+        state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.folder).free + held) // 2)
+        state.ready = True
+
+    def _check_private(self) -> None:
+        """Refuse a folder that others can look into, or plant images in."""
+        state = self._state.get()
+        if state.private:
+            return
         mode = self.folder.stat().st_mode & 0o077
         if mode and os.name == "posix":
             raise CacheError(
                 f"the cache folder {self.folder} can be read by other users (mode {mode:o}): it would show them "
                 "images. Make it private (chmod 700) or name another with AHI_ML_CACHE"
             )
-        state.most_bytes = self.max_bytes or min(_MOST_BYTES, shutil.disk_usage(self.folder).free // 2)
-        state.ready = True
+        state.private = True
 
     def _disable(self, error: OSError) -> None:
         state = self._state.get()

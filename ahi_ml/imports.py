@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,15 @@ class ImportPlaces:
         Bucket whose keys are paths of this machine: an embedded store reads local folders in place.
     buckets : Path or None
         Folder that stands for S3, where reports of an embedded store are read.
+    s3 : callable or None
+        Makes the S3 client that reads the reports of the service.
     """
 
     role_arn: str | None = None
     output_uri: str | None = None
     machine_bucket: str | None = None
     buckets: Path | None = None
+    s3: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,7 @@ class _Objects:
     def __init__(self, uri: str, places: ImportPlaces) -> None:
         self._bucket, _, self._prefix = uri.removeprefix("s3://").partition("/")
         self._root = places.buckets
+        self._connect_s3 = places.s3
         self._s3: Any = None
 
     def read(self, name: str) -> str | None:
@@ -209,10 +213,9 @@ class _Objects:
                 return (self._root / self._bucket / self._prefix / name).read_text(encoding="utf-8")
             except FileNotFoundError:
                 return None
-        import boto3
-
         if self._s3 is None:
-            self._s3 = boto3.client("s3")
+            assert self._connect_s3 is not None
+            self._s3 = self._connect_s3()
         with translated("GetObject", f"s3://{self._bucket}/{self._prefix}{name}"):
             try:
                 answer = self._s3.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}")

@@ -355,6 +355,8 @@ def _per_frame(merged: Json, count: int) -> Iterator[Json]:
     shared = merged.get("SharedFunctionalGroupsSequence")
     if not per_frame and not shared:
         return
+    if isinstance(per_frame, list) and per_frame and len(per_frame) != count:
+        raise MetadataError(f"an instance has {len(per_frame)} per-frame functional groups for {count} frames")
     common = _functional((shared or [{}])[0] if isinstance(shared, list) else {})
     items = per_frame if isinstance(per_frame, list) and len(per_frame) == count else [{}] * count
     for item in items:

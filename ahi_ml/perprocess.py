@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -23,13 +24,18 @@ class PerProcess(Generic[Made]):
     def __init__(self, make: Callable[[], Made]) -> None:
         self._make = make
         self._made: tuple[int, Made] | None = None
+        self._locks: dict[int, threading.Lock] = {}  # one a process: a forked child may inherit a held one
 
     def get(self) -> Made:
         """This process's own. I/O: whatever making it does, the first time."""
         pid = os.getpid()
-        if self._made is None or self._made[0] != pid:
-            self._made = (pid, self._make())
-        return self._made[1]
+        made = self._made
+        if made is None or made[0] != pid:
+            with self._locks.setdefault(pid, threading.Lock()):
+                made = self._made
+                if made is None or made[0] != pid:
+                    made = self._made = (pid, self._make())
+        return made[1]
 
     def take(self) -> Made | None:
         """This process's own if it was made, and forget it. I/O: none."""

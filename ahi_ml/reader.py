@@ -63,6 +63,8 @@ class ReadOptions:
             raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
         if self.output == "stored" and (self.steps or self.padding != "keep"):
             raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
+        if self.output != "stored" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
+            raise ConfigError(f"{self.output} values are fractions: dtype must be a floating one, not {self.dtype}")
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""
@@ -107,7 +109,7 @@ class Batch:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self.cancelled = False
-        self.requests: list[Future[bytes]] = []
+        self.requests: set[Future[bytes]] = set()
         if count == 0:
             self._done.set()
 
@@ -212,6 +214,9 @@ class Reader:
         """
         batch = Batch(len(sources))
         for slot, source in enumerate(sources):
+            if source.problem is not None:
+                batch.finish(slot, source.problem)
+                continue
             task = _Task(batch, slot, source, outs[slot] if outs is not None else None, options)
             if cache is None:
                 self._fetch(task, None)
@@ -279,7 +284,7 @@ class Reader:
             return
         task.fetches += 1
         future = self._transport.fetch(task.source.image_set_id, task.source.frame_id)
-        task.batch.requests.append(future)
+        task.batch.requests.add(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
         future.add_done_callback(lambda done: self._hand_over(task, self._from_network, done, cache))
 
@@ -296,6 +301,7 @@ class Reader:
         task.batch.finish(task.slot, DataError(f"frame {task.source.frame_id} was given up before it came"))
 
     def _from_network(self, task: _Task, done: Future[bytes], cache: FrameCache | None) -> None:
+        task.batch.requests.discard(done)  # it holds the encoded bytes
         if done.cancelled():
             self._let_go(task)
             return
@@ -370,7 +376,7 @@ class Reader:
 
 def _convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
     if options.output == "stored":
-        np.copyto(out, stored, casting="same_kind" if out.dtype.kind == stored.dtype.kind else "unsafe")
+        _copy_exactly(stored, out)
         return
     if profile.colour:
         rgb = _rgb(stored, profile)
@@ -383,6 +389,15 @@ def _convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOption
         _grey(stored, profile, options, out)
     for step in options.steps:
         step.apply(out)
+
+
+def _copy_exactly(stored: AnyArray, out: AnyArray) -> None:
+    """Copy to another dtype; values that it cannot hold are an error, not other values."""
+    if not np.can_cast(stored.dtype, out.dtype) and out.dtype.kind in "iu" and stored.size:
+        limits, low, high = np.iinfo(out.dtype), stored.min(), stored.max()
+        if low < limits.min or high > limits.max:
+            raise ConfigError(f"stored values from {low} to {high} do not fit into {out.dtype}: choose a wider dtype")
+    np.copyto(out, stored, casting="unsafe")
 
 
 def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:

@@ -16,6 +16,7 @@ from ahi_ml.client import translated
 from ahi_ml.errors import ConfigError, ConflictError, MetadataError
 from ahi_ml.index import DatasetIndex, Gatherer
 from ahi_ml.index.expression import unknown_column
+from ahi_ml.index.schema import TABLES
 from ahi_ml.metadata import SERIES_COLUMNS, SeriesRecord, parse_document
 from ahi_ml.privacy import PatientHash, patient_hash
 
@@ -266,6 +267,9 @@ class Search:
             raise ConfigError(
                 f"{', '.join(outside)} may identify patients: pass phi=True to keep them in the index all the same"
             )
+        taken = [name for name in outside if any(name in schema.names for schema in TABLES.values())]
+        if taken:
+            raise ConfigError(f"{', '.join(taken)}: in every index already, at its own level")
         hasher = patient_hash(patient_key)
         found, skipped = [], 0
         for page in self.pages():

@@ -115,7 +115,9 @@ class DataStore:
         target = self._target
         assert target.datastore_id is not None
         connection = make_connection(target.service)
-        return self._session(connection, target.datastore_id, ImportPlaces(), {})
+        region = connection.client.meta.region_name
+        places = ImportPlaces(s3=lambda: connection.session.create_client("s3", region_name=region))
+        return self._session(connection, target.datastore_id, places, {})
 
     def _open_folder(self) -> _Session:
         from ahi_ml.local import process

@@ -197,7 +197,8 @@ class FrameDataset(Dataset[Item]):
         return PendingBatch(numbers, arrays, batch)
 
     def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> list[AnyArray]:
-        forms = [self._form(source) for source in sources]
+        # What cannot be decoded has no form; its error is the reader's to give, and items' to handle.
+        forms = [((1, 1, 1), np.dtype(np.uint8)) if source.problem else self._form(source) for source in sources]
         if forms and all(form == forms[0] for form in forms):
             shape, dtype = forms[0]
             return list(allocate((len(forms), *shape), dtype))

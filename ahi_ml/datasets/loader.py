@@ -174,8 +174,8 @@ class _BufferPool:
         return tensor
 
     def _give_back(self, array: AnyArray) -> None:
-        if len(self._free) < self._most:
-            self._free.append(array)
+        self._free.append(array)
+        del self._free[: -self._most]  # of shapes that no longer come, the oldest go first
 
 
 def _common_base(arrays: list[AnyArray]) -> AnyArray | None:

@@ -56,6 +56,7 @@ class DatasetIndex:
         self._path = path
         self._snapshot_id = snapshot_id
         self._patient_secret = patient_secret
+        self._order = Tables.saved_order(path) if path is not None else None
         self.notes = tuple(notes)
         self._columns = FrameColumns(tables)
 
@@ -279,10 +280,7 @@ class DatasetIndex:
     def sources(self, rows: Sequence[int] | AnyArray | None = None) -> list[FrameSource]:
         """What the reader needs to read some rows, in their order. I/O: none.
 
-        Raises
-        ------
-        MetadataError
-            A frame lacks an attribute that decoding needs.
+        A frame that lacks an attribute that decoding needs has a `FrameSource.problem`.
         """
         return self._columns.sources(self._at(rows))
 
@@ -321,7 +319,7 @@ class DatasetIndex:
             with private_file(path.with_name(f"{path.name}.key")) as file:
                 file.write(self._patient_secret)
         if self._rows is None:
-            self._path = path
+            self._path, self._order = path, Tables.saved_order(path)
         return path
 
     def _compact(self) -> Tables:
@@ -350,12 +348,13 @@ class DatasetIndex:
             path = spill_path(self._tables)
             self._compact().save(path, snapshot_id=self.snapshot_id)
             self._path = path
-        return _reopen, (self._path, self.notes, self.snapshot_id)
+            self._order = Tables.saved_order(path)
+        return _reopen, (self._path, self.notes, self._order or "")
 
 
 def _reopen(path: Path, notes: tuple[str, ...], expected: str) -> DatasetIndex:
     tables, snapshot_id = Tables.load(path)
-    if snapshot_id != expected:
+    if Tables.saved_order(path) != expected:
         raise ConfigError(
             f"{path} was overwritten with another index after this one was sent here: save under a new name"
         )

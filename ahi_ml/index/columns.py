@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ahi_ml.errors import MetadataError
 from ahi_ml.index.expression import unknown_column
 from ahi_ml.index.profile import FrameProfile, FrameSource
 from ahi_ml.index.schema import SCHEMA_VERSION
@@ -132,13 +133,19 @@ class FrameColumns:
             self._profiles[number] = found
         return found
 
+    def _kind(self, row: int) -> FrameProfile | MetadataError:
+        try:
+            return self.profile(row)
+        except MetadataError as error:
+            return error
+
     def sources(self, rows: AnyArray) -> list[FrameSource]:
         """What the reader needs to read frames."""
         sets = self.column("image_set_id", rows).to_pylist()
         checksums = _take(self.tables.frames, "checksum", rows).to_pylist()
         ids = [row.tobytes().hex() for row in self._ids[rows]]
         return [
-            FrameSource(image_set_id, frame_id, checksum, self.profile(row))
+            FrameSource(image_set_id, frame_id, checksum, self._kind(int(row)))
             for image_set_id, frame_id, checksum, row in zip(sets, ids, checksums, rows, strict=True)
         ]
 
@@ -172,4 +179,6 @@ def _values(column: Any, dtype: Any) -> AnyArray:
 
 
 def _take(table: pa.Table, name: str, rows: AnyArray) -> Any:
-    return _chunk(table[name]).take(pa.array(rows))
+    # Not pa.array(rows): that imports pandas, which would take longer than the first batch may.
+    numbers = np.ascontiguousarray(rows, np.int64)
+    return _chunk(table[name]).take(pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)]))

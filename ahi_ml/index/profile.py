@@ -132,14 +132,32 @@ class FrameSource:
         Where the data store has it.
     checksum : int or None
         CRC-32 of its full resolution.
-    profile : FrameProfile
-        Shared by the frames of its kind.
+    kind : FrameProfile or MetadataError
+        Shared by the frames of its kind; an error where the metadata does not suffice to decode them.
     """
 
     image_set_id: str
     frame_id: str
     checksum: int | None
-    profile: FrameProfile
+    kind: FrameProfile | MetadataError
+
+    @property
+    def problem(self) -> MetadataError | None:
+        """Why the frame cannot be decoded, if it cannot."""
+        return self.kind if isinstance(self.kind, MetadataError) else None
+
+    @property
+    def profile(self) -> FrameProfile:
+        """How the frame is decoded.
+
+        Raises
+        ------
+        MetadataError
+            The metadata does not suffice.
+        """
+        if isinstance(self.kind, MetadataError):
+            raise self.kind
+        return self.kind
 
 
 def _checksum_of(syntax: str, kind: str | None, pixels: PixelFormat) -> Literal["samples", "bytes", "unknown"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ __all__ = ["Gatherer", "Tables", "private_file"]
 
 _VERSION_KEY = b"ahi_ml.index"
 _SNAPSHOT_KEY = b"ahi_ml.snapshot"
+_ORDER_KEY = b"ahi_ml.order"
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -45,6 +47,14 @@ class Tables:
         """Tables without rows. I/O: none."""
         return cls(**{name: schema.empty_table() for name, schema in TABLES.items()})
 
+    def order(self) -> str:
+        """Hash of the frame ids in row order. I/O: reads the whole id column."""
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.frames["frame_id"].chunks:
+            if len(chunk):
+                digest.update(memoryview(chunk.buffers()[1])[chunk.offset * 16 : (chunk.offset + len(chunk)) * 16])
+        return digest.hexdigest()
+
     def take(self, rows: AnyArray) -> Tables:
         """The tables of some frames alone, in the order given. I/O: none."""
         frames = self.frames.take(pa.array(rows))
@@ -67,11 +77,22 @@ class Tables:
             )
             columns.append(pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows))
             names.append(name)
-        metadata = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _SNAPSHOT_KEY: snapshot_id.encode()}
+        metadata = {
+            _VERSION_KEY: str(SCHEMA_VERSION).encode(),
+            _SNAPSHOT_KEY: snapshot_id.encode(),
+            _ORDER_KEY: self.order().encode(),
+        }
         batch = pa.RecordBatch.from_arrays(columns, names=names)
         schema = batch.schema.with_metadata(metadata)
         with private_file(path) as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(batch.replace_schema_metadata(metadata))
+
+    @staticmethod
+    def saved_order(path: Path) -> str:
+        """`order` of the tables in a file. I/O: reads its header."""
+        with pa.memory_map(os.fspath(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+            return str(metadata.get(_ORDER_KEY, b"").decode())
 
     @classmethod
     def load(cls, path: Path) -> tuple[Tables, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -167,7 +168,7 @@ def stack_series(
         index.column("FrameOfReferenceUID").to_pylist(),
         image_types=[kind or () for kind in index.column("ImageType").to_pylist()],
     )
-    stacks = [group for group in groups if group.kind == "stack"] or groups[:1]
+    stacks = [group for group in groups if group.kind == "stack"] or groups
     if len(stacks) > 1:
         listed = ", ".join(
             f"{len(group.indices)} frames{f' (by {group.reason})' if group.reason else ''}" for group in stacks
@@ -195,6 +196,10 @@ def stack_series(
         gaps=gaps,
         label=label,
     )
+    aside = len(positions) - len(chosen)
+    if aside:
+        reasons = ", ".join(sorted({group.reason for group in groups if group.reason}))
+        stack = replace(stack, notes=(*stack.notes, f"{aside} frames set aside (by {reasons})"))
     return stack, index
 
 

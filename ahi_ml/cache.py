@@ -11,10 +11,12 @@ removes what was used longest ago. (Small caches are looked at whole: their shar
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import struct
 import threading
 import time
@@ -283,7 +285,10 @@ class FrameCache:
         state = self._state.get()
         if state.private:
             return
-        mode = self.folder.stat().st_mode & 0o077
+        status = self.folder.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(self.folder))
+        mode = status.st_mode & 0o077
         if mode and os.name == "posix":
             raise CacheError(
                 f"the cache folder {self.folder} can be read by other users (mode {mode:o}): it would show them "

@@ -63,8 +63,8 @@ class ReadOptions:
             raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
         if self.output == "stored" and (self.steps or self.padding != "keep"):
             raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
-        if self.output != "stored" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
-            raise ConfigError(f"{self.output} values are fractions: dtype must be a floating one, not {self.dtype}")
+        if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
+            raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""
@@ -384,7 +384,7 @@ def _convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOption
             top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
             np.divide(rgb, top, out=out, casting="unsafe")
         else:
-            np.copyto(out, rgb, casting="unsafe")
+            _copy_exactly(rgb, out)
     else:
         _grey(stored, profile, options, out)
     for step in options.steps:
@@ -396,7 +396,7 @@ def _copy_exactly(stored: AnyArray, out: AnyArray) -> None:
     if not np.can_cast(stored.dtype, out.dtype) and out.dtype.kind in "iu" and stored.size:
         limits, low, high = np.iinfo(out.dtype), stored.min(), stored.max()
         if low < limits.min or high > limits.max:
-            raise ConfigError(f"stored values from {low} to {high} do not fit into {out.dtype}: choose a wider dtype")
+            raise ConfigError(f"values from {low} to {high} do not fit into {out.dtype}: choose a wider dtype")
     np.copyto(out, stored, casting="unsafe")
 
 

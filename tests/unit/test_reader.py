@@ -652,3 +652,15 @@ def test_closing_the_reader_gives_every_frame_an_outcome() -> None:
     other = Reader(Never(), "0" * 32).submit([FrameSource("1" * 32, "2" * 32, 1, profile)], ReadOptions())
     other.cancel()
     assert isinstance(other.outcomes(5)[0], DataError)
+
+
+def test_values_that_a_dtype_cannot_hold_are_an_error() -> None:
+    from ahi_ml.reader import _copy_exactly
+
+    out = np.empty((2, 2), np.int16)
+    _copy_exactly(np.full((2, 2), 32_767, np.uint16), out)
+    assert (out == 32_767).all()
+    with pytest.raises(ConfigError, match="int16"):
+        _copy_exactly(np.full((2, 2), 40_000, np.uint16), out)
+    with pytest.raises(ConfigError, match="floating"):
+        ReadOptions(output="display", dtype="uint8")

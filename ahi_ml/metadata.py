@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import logging
 import math
 import zlib
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ __all__ = [
     "table_data",
     "value_of",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -356,7 +359,13 @@ def _per_frame(merged: Json, count: int) -> Iterator[Json]:
     if not per_frame and not shared:
         return
     if isinstance(per_frame, list) and per_frame and len(per_frame) != count:
-        raise MetadataError(f"an instance has {len(per_frame)} per-frame functional groups for {count} frames")
+        # Nobody knows which group is whose. One such instance must not make a whole index impossible.
+        _LOG.warning(
+            "an instance has %d per-frame functional groups for %d frames: positions and rescale tags of its frames "
+            "are those its other levels give, or none",
+            len(per_frame),
+            count,
+        )
     common = _functional((shared or [{}])[0] if isinstance(shared, list) else {})
     items = per_frame if isinstance(per_frame, list) and len(per_frame) == count else [{}] * count
     for item in items:

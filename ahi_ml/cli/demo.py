@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ahi_ml.cli.sample_data import masks_by_instance, write_sample_dicom
 from ahi_ml.errors import ConfigError, GeometryError
 from ahi_ml.index import DatasetIndex
+from ahi_ml.index.split import assign_groups, connected_groups
 from ahi_ml.store import DataStore, connect
 
 __all__ = ["DemoReport", "intensity_features", "run_demo"]
@@ -192,11 +193,17 @@ def _split(index: DatasetIndex, report: DemoReport, say: Callable[[str], None]) 
     if len(known) < len(index):
         say(f"split: {len(index) - len(known)} frames have no patient id and stay out")
     index = known if len(known) else index
-    by = "patient" if index.series["patient_key"].nunique() > 1 else "series"
-    for seed in _SEEDS:  # of a handful of patients a part can come out empty: take the first seed where none does
-        parts = index.split(_RATIOS, by=by, seed=seed)  # type: ignore[arg-type]
-        if all(len(part) for part in parts.values()):
-            break
+    series = index.series
+    by: Literal["patient", "study"] = "patient" if len(known) else "study"
+    members = series["patient_key" if by == "patient" else "study_instance_uid"].tolist()
+    groups = connected_groups(members, series["study_instance_uid"].tolist())
+    if len(set(groups)) < 2:
+        say("split: all frames are of one patient, so there is nothing to hold back: training on all of them")
+        report.split_frames, report.split_patients = {"train": len(index), "val": 0}, {"train": 1, "val": 0}
+        return {"train": index, "val": index[:0]}
+    # Of a handful of patients a part can come out empty: take the first seed where none does.
+    seed = next((s for s in _SEEDS if set(assign_groups(groups, members, _RATIOS, seed=s)) == set(_RATIOS)), 0)
+    parts = index.split(_RATIOS, by=by, seed=seed)
     keys = {name: set(part.series["patient_key"]) for name, part in parts.items() if len(part)}
     report.split_frames = {name: len(part) for name, part in parts.items()}
     report.split_patients = {name: len(found) for name, found in keys.items()}

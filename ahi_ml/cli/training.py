@@ -116,12 +116,13 @@ def train_denoiser(
     report = _fit(net, FrameDataset(store, train), loss_of, steps, progress)
     net.eval()
     with torch.no_grad():
-        errors = [float(loss_of(batch)) for batch in FrameLoader(FrameDataset(store, val), _BATCH)] or [float("nan")]
+        errors = [float(loss_of(batch)) for batch in FrameLoader(FrameDataset(store, val), _BATCH)]
+    error = round(float(np.mean(errors)), 4) if errors else None
     return {
         "task": "denoising",
         **report,
-        "val_error": round(float(np.mean(errors)), 4),
-        "noise_power": _NOISE**2,
+        "val_error": error,
+        "noise_power": round(_NOISE**2, 4),
     }
 
 

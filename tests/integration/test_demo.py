@@ -189,3 +189,25 @@ def test_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert report.volume["kind"] == "regular"
     assert len(report.provenance) >= 1
     assert not caplog.records
+
+
+def test_one_patient_is_trained_on_as_a_whole(tmp_path: Path) -> None:
+    from pydicom import dcmread
+    from pydicom.data import get_testdata_file
+    from pydicom.uid import generate_uid
+
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    dataset = dcmread(get_testdata_file("CT_small.dcm", download=False))
+    for number in range(4):
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid(
+            entropy_srcs=["one patient", str(number)]
+        )
+        dataset.ImagePositionPatient = [0, 0, 5 * number]
+        dataset.save_as(scans / f"{number}.dcm")
+    heard: list[str] = []
+    report = run_demo(tmp_path / "demo", data=scans, steps=2, say=heard.append, progress=False)
+    assert report.split_frames == {"train": 4, "val": 0}
+    assert report.training["steps"] == 2
+    assert report.training["val_error"] is None
+    assert any("one patient" in line for line in heard)

@@ -1,6 +1,6 @@
 """GetImageFrame by libcurl: one thread, one multi handle, many requests in flight.
 
-It costs an eighth of boto3's CPU a request and hands the GIL over as little, which leaves the cores
+It costs a fifth of boto3's CPU a request and hands the GIL over as little, which leaves the cores
 to the decoders. What it sends, whom it trusts and when it tries again are boto3's: endpoint,
 credentials, proxies, certificates and time-outs come from the client, errors become the same classes.
 Beyond boto3, a body that is no frame and an image set that is not ready are asked for again, a frame

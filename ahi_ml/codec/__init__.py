@@ -35,7 +35,7 @@ __all__ = [
     "pack_bits",
 ]
 
-_EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with fetch() and use a video library"}
+_EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with store.reader.fetch() and a video library"}
 
 
 @dataclass(frozen=True, slots=True)

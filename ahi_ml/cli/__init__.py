@@ -118,6 +118,9 @@ def demo(
 def serve(
     store: Annotated[Path, typer.Argument(help="Folder of the embedded store.")],
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 0,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Another than this one lets other machines in.")
+    ] = "127.0.0.1",
     faults: Annotated[Path | None, typer.Option(help="JSON file of fault injector knobs.")] = None,
 ) -> None:
     """Serve an embedded store until interrupted, and print how to reach it.
@@ -140,7 +143,7 @@ def serve(
         sys.stdout.flush()
         _say(f"serving {store} at {endpoint.url}; interrupt to stop")
 
-    if serve_folder(store, port=port, faults=knobs, until_stopped=True, on_ready=ready):
+    if serve_folder(store, host=host, port=port, faults=knobs, until_stopped=True, on_ready=ready):
         raise typer.Exit(EXIT_ERROR)
 
 

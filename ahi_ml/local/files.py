@@ -13,9 +13,9 @@ from typing import Any
 
 from ahi_ml.errors import ConfigError
 
-__all__ = ["Endpoint", "Keys", "StoreFolder"]
+__all__ = ["REGION", "Endpoint", "Keys", "StoreFolder"]
 
-_REGION = "us-east-1"
+REGION = "us-east-1"
 _ACCOUNT = "123456789012"
 
 
@@ -64,7 +64,7 @@ class Endpoint:
     host: str
     pid: int
     token: str
-    region: str = _REGION
+    region: str = REGION
     account: str = _ACCOUNT
 
     def __repr__(self) -> str:
@@ -117,7 +117,7 @@ class StoreFolder:
             raise ConfigError(f"{folder.root} is a file: an embedded data store is a folder") from None
         except OSError as error:
             raise ConfigError(f"cannot use {folder.root} as a data store: {error.strerror}") from error
-        if names and not any(name in names for name in ("keys.json", "catalog.sqlite", "server.lock")):
+        if names and not any(name in names for name in ("keys.json", "catalog.sqlite", "server.lock", "settings.json")):
             raise ConfigError(
                 f"{folder.root} holds other files and is no embedded data store: name a new or an empty folder "
                 "(to import DICOM files from it, pass it to import_dicom)"
@@ -143,6 +143,11 @@ class StoreFolder:
     def buckets(self) -> Path:
         """The folder that stands for S3."""
         return self.root / "s3"
+
+    @property
+    def settings(self) -> Path:
+        """What is set for this store; see `settings`."""
+        return self.root / "settings.json"
 
     @property
     def lock(self) -> Path:

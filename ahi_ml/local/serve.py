@@ -15,7 +15,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from ahi_ml.local.process import proof
 if TYPE_CHECKING:
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
-    from ahi_ml.local.server import Application
+    from ahi_ml.local.injector import Injector
 
 __all__ = ["serve_folder"]
 
@@ -111,20 +110,23 @@ async def _serve(
 
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
-    from ahi_ml.local.ingest.job import Limits
     from ahi_ml.local.ingest.runner import JobRunner
+    from ahi_ml.local.injector import Injector
     from ahi_ml.local.operations import Context
+    from ahi_ml.local.operations.datastores import recover_datastores
     from ahi_ml.local.operations.writes import recover_writes
     from ahi_ml.local.server import Application
+    from ahi_ml.local.settling import Settling
     from ahi_ml.local.signature import Verifier
-    from ahi_ml.local.uris import UriMap
 
     warnings.filterwarnings("ignore", module="pydicom")  # remarks on odd values; a job's report has its own
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     keys = folder.keys()
     catalog = Catalog(folder.catalog)
     blobs = BlobStore(folder.blobs)
-    jobs = JobRunner(catalog, blobs, UriMap(folder.buckets), Limits())
+    injector = Injector()
+    injector.set(faults)
+    jobs = JobRunner(catalog, blobs, folder, injector)
     jobs.recover()
     listener = socket.create_server((host, port), backlog=1024)
     address = "127.0.0.1" if host == "0.0.0.0" else host
@@ -135,16 +137,15 @@ async def _serve(
         pid=os.getpid(),
         token=secrets.token_hex(16),
     )
-    settling = ThreadPoolExecutor(1, "ahi-ml-settle")
-    context = Context(
-        catalog, blobs, jobs, endpoint.region, endpoint.account, bytes.fromhex(keys.page_secret), settling
-    )
+    settling = Settling()
+    secret = bytes.fromhex(keys.page_secret)
+    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, secret, settling, injector)
     recover_writes(context)
+    recover_datastores(context)
     # Nobody waits for the sweep, and its thread ends with the process wherever it is.
     threading.Thread(target=_sweep, args=(blobs, catalog), name="ahi-ml-sweep", daemon=True).start()
     verifier = Verifier({keys.access_key_id: keys.secret_access_key}, endpoint.region)
     application = Application(context, verifier)
-    application.set_faults(faults)
     config = uvicorn.Config(
         application,
         http=_bounded_protocol(),
@@ -168,7 +169,7 @@ async def _serve(
     if threading.current_thread() is threading.main_thread():
         # uvicorn ends in order on this signal, and then raises it again for the handler it found.
         signal.signal(signal.SIGTERM, lambda number, frame: stop())
-    leases = _Leases(application, faults, endpoint.token, stop, lambda: jobs.idle, until_stopped)
+    leases = _Leases(injector, faults, endpoint.token, stop, lambda: jobs.idle, until_stopped)
     holders = await asyncio.start_server(leases.hold, _LOOPBACK, 0)
     endpoint = Endpoint(**{**_fields(endpoint), "lease_port": holders.sockets[0].getsockname()[1]})
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -187,7 +188,7 @@ async def _serve(
         await asyncio.sleep(0)  # lets the closed leases go, so that holders notice before the last job ends
         application.close()
         await asyncio.to_thread(jobs.close)
-        settling.shutdown()
+        settling.close()
         catalog.close()
 
 
@@ -201,6 +202,8 @@ def _sweep(blobs: BlobStore, catalog: Catalog) -> None:
 def _bounded_protocol() -> Any:
     """uvicorn's protocol with a bound on what comes before the headers end: nobody is authenticated yet."""
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    from ahi_ml.local.server import TRANSPORT
 
     class Bounded(HttpToolsProtocol):
         head_bytes = 0
@@ -216,6 +219,7 @@ def _bounded_protocol() -> Any:
         def on_message_begin(self) -> None:
             self.in_head, self.head_bytes = True, 0
             super().on_message_begin()
+            self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
 
         def on_headers_complete(self) -> None:
             self.in_head = False
@@ -233,14 +237,14 @@ class _Leases:
 
     def __init__(
         self,
-        application: Application,
+        injector: Injector,
         faults: Faults,
         token: str,
         stop: Callable[[], None],
         idle: Callable[[], bool],
         until_stopped: bool,
     ) -> None:
-        self._application, self._faults, self._token = application, faults, token
+        self._injector, self._faults, self._token = injector, faults, token
         self._stop, self._idle, self._until_stopped = stop, idle, until_stopped
         self._held: dict[asyncio.StreamWriter, Faults | None] = {}
         self._quiet_since = time.monotonic() + _FIRST_LEASE_S - _LINGER_S
@@ -267,7 +271,9 @@ class _Leases:
 
     def _apply_faults(self) -> None:
         asked = [faults for faults in self._held.values() if faults is not None]
-        self._application.set_faults(asked[-1] if asked else self._faults)
+        chosen = asked[-1] if asked else self._faults
+        if chosen is not self._injector.faults:  # setting them again would begin their state anew
+            self._injector.set(chosen)
 
     async def watch(self) -> None:
         """End the server when nobody has held it for a while and its jobs are done."""

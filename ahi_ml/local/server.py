@@ -9,20 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ahi_ml.local.faults import Faults
+from ahi_ml.local.injector import Fate
 from ahi_ml.local.operations import Context, call
 from ahi_ml.local.protocol import HttpRequest, HttpResponse, Protocol, ServiceFault
 from ahi_ml.local.signature import Verifier
 
-__all__ = ["Application"]
+__all__ = ["TRANSPORT", "Application"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_BODY = 2**20  # the largest member of any request is 260,000 characters
 _INLINE = frozenset({"GetImageFrame"})
+TRANSPORT = "ahi_ml.transport"
+"""Where the scope of a request holds its connection: faults cut it."""
+_NO_ANSWER = HttpResponse(500, [], b"")
+_RESET = struct.pack("ii", 1, 0)  # struct linger: closing sends RST
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,11 +51,7 @@ class Application:
         self._verifier = verifier
         self._protocol = Protocol()
         self._threads = ThreadPoolExecutor(8, "ahi-ml-operation")
-        self.set_faults(Faults())
-
-    def set_faults(self, faults: Faults) -> None:
-        """Change the fault injector, from the next request on."""
-        self._faults, self._random = faults, faults.randomness()
+        self._injector = context.injector
 
     def close(self) -> None:
         """End the threads, once their operations are done."""
@@ -60,22 +62,30 @@ class Application:
         if scope["type"] != "http":
             return
         request_id = os.urandom(16).hex()
+        fate: Fate = "answer"
         try:
-            response = await self._answer(scope, receive, request_id)
+            fate, response = await self._answer(scope, receive, request_id)
         except ServiceFault as fault:
             response = self._protocol.serialise_fault(fault, request_id)
         except Exception:
             _LOG.exception("request %s", request_id)
             failure = ServiceFault("InternalServerException", f"The request {request_id} failed; see the server's log")
             response = self._protocol.serialise_fault(failure, request_id)
-        if delay := self._faults.delay_s(self._random):
+        if delay := self._injector.delay_s():
             await asyncio.sleep(delay)
+        if fate == "reset":
+            await _cut(scope, reset=True)
+            return
+        body = self._injector.corrupt(response.body) if fate == "corrupt" else response.body
         head = {"type": "http.response.start", "status": response.status}
-        length = (b"content-length", b"%d" % len(response.body))
-        await send({**head, "headers": [*response.headers, length]})
-        await send({"type": "http.response.body", "body": response.body})
+        await send({**head, "headers": [*response.headers, (b"content-length", b"%d" % len(body))]})
+        if fate == "truncate" and len(body) > 1:
+            await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+            await _cut(scope, reset=False)
+            return
+        await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, scope: Message, receive: Receive, request_id: str) -> HttpResponse:
+    async def _answer(self, scope: Message, receive: Receive, request_id: str) -> tuple[Fate, HttpResponse]:
         request = HttpRequest(
             scope["method"],
             scope["raw_path"].decode("latin-1"),
@@ -85,12 +95,29 @@ class Application:
         )
         self._verifier.verify(request)
         asked = self._protocol.parse(request)
+        self._injector.admit(asked.operation)
+        if self._injector.resets(asked.operation):
+            return "reset", _NO_ANSWER
         if asked.operation in _INLINE and not self._context.catalog.busy():
             result = call(self._context, asked.operation, asked.params)
         else:
             loop = asyncio.get_running_loop()
             result = await loop.run_in_executor(self._threads, call, self._context, asked.operation, asked.params)
-        return self._protocol.serialise(asked.operation, result, request_id)
+        return self._injector.fate(asked.operation), self._protocol.serialise(asked.operation, result, request_id)
+
+
+async def _cut(scope: Message, *, reset: bool) -> None:
+    """End the connection of a request: with a reset, or after what was written has gone out."""
+    transport = scope[TRANSPORT]
+    if reset:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        transport.abort()
+    else:
+        transport.close()
+    while not transport.is_closing():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the protocol learns of it in the loop's next round, and then expects no answer
+    await asyncio.sleep(0)
 
 
 async def _body(receive: Receive) -> bytes:

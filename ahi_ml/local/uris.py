@@ -1,66 +1,68 @@
-"""``s3://`` URIs as folders: buckets are folders under one root, one bucket name is this machine."""
+"""``s3://`` URIs: folders under one root, this machine's own files, or S3 itself where that is switched on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Protocol
 
 from ahi_ml.errors import LocalStoreError
 
-__all__ = ["MACHINE_BUCKET", "UriMap"]
+__all__ = ["MACHINE_BUCKET", "Bucket", "InputFile", "UriMap"]
 
 MACHINE_BUCKET = "this-machine"
 """Bucket whose keys are absolute paths of the machine the embedded store runs on."""
 
 
 @dataclass(frozen=True, slots=True)
-class UriMap:
-    """Where the objects of ``s3://bucket/key`` lie.
+class InputFile:
+    """An object that a job may read.
 
     Parameters
     ----------
-    root : Path
-        Folder that holds one folder for each bucket.
+    key : str
+        Its key in the bucket.
+    size : int
+        Bytes.
+    open : callable
+        Opens it for reading; raises OSError.
     """
 
-    root: Path
+    key: str
+    size: int
+    open: Callable[[], IO[bytes]]
 
-    def base(self, uri: str) -> tuple[Path, str]:
-        """The folder of a URI's bucket, and its key. I/O: none.
 
-        Raises
-        ------
-        LocalStoreError
-            Not an ``s3://`` URI, or a key that leaves its bucket.
-        """
-        if not uri.startswith("s3://"):
-            raise LocalStoreError(f"not an s3:// URI: {uri!r}")
-        bucket, _, key = uri[5:].partition("/")
-        if ".." in key.split("/") or "\0" in key or bucket.startswith("."):
-            raise LocalStoreError("the key of an s3:// URI leaves its bucket")
-        if bucket != MACHINE_BUCKET and key.startswith("/"):
-            raise LocalStoreError("the key of an s3:// URI leaves its bucket")
-        if bucket == MACHINE_BUCKET:
-            return Path(os.path.abspath(os.sep)), key
-        return self.root / bucket, key
+class Bucket(Protocol):
+    """Where the objects of one bucket lie. What fails raises OSError."""
 
-    def folder(self, uri: str) -> Path:
-        """The folder that a URI names. I/O: none."""
-        base, key = self.base(uri)
-        return base / key
+    def files(self, prefix: str) -> Iterator[InputFile]:
+        """Yield the objects whose keys begin with `prefix`, sorted. I/O: lists them."""
+        ...
 
-    def files(self, uri: str) -> Iterator[tuple[str, Path]]:
-        """Yield key and path of every file whose key begins with the URI's, sorted.
+    def check_writable(self, prefix: str) -> None:
+        """Raise when nothing can be written there. I/O: as little as shows it."""
+        ...
 
-        I/O: walks folders. As on S3 the key is a prefix: without a ``/`` at its end it also matches
-        siblings that begin with the same text. Links to folders are not followed, and what is no
-        file (a pipe, a link to nowhere) is no object.
-        """
-        base, prefix = self.base(uri)
+    def write(self, key: str, text: str) -> None:
+        """Write an object, whole or not at all. I/O: one object."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderBucket:
+    """A bucket that is a folder."""
+
+    base: Path
+
+    def files(self, prefix: str) -> Iterator[InputFile]:
+        # As on S3 the key is a prefix: without a "/" at its end it also matches siblings that begin with
+        # the same text. Links to folders are not followed, and what is no file (a pipe, a link to nowhere)
+        # is no object.
         parent, _, stem = prefix.rpartition("/")
-        top = base / parent
+        top = self.base / parent
         if not top.is_dir():
             return
         for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
@@ -72,6 +74,56 @@ class UriMap:
                     for file in sorted(files):
                         path = Path(folder, file)
                         if path.is_file():
-                            yield path.relative_to(base).as_posix(), path
+                            yield self._file(path)
             elif entry.is_file():
-                yield Path(entry.path).relative_to(base).as_posix(), Path(entry.path)
+                yield self._file(Path(entry.path))
+
+    def _file(self, path: Path) -> InputFile:
+        return InputFile(path.relative_to(self.base).as_posix(), path.stat().st_size, lambda: open(path, "rb"))
+
+    def check_writable(self, prefix: str) -> None:
+        (self.base / prefix).mkdir(parents=True, exist_ok=True)
+
+    def write(self, key: str, text: str) -> None:
+        path = self.base / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class UriMap:
+    """Where the objects of ``s3://bucket/key`` lie.
+
+    Parameters
+    ----------
+    root : Path
+        Folder that holds one folder for each bucket.
+    s3 : callable, optional
+        Makes the bucket of a name that has no folder; without it every bucket is a folder.
+    """
+
+    root: Path
+    s3: Callable[[str], Bucket] | None = None
+
+    def find(self, uri: str) -> tuple[Bucket, str]:
+        """The bucket of a URI, and its key. I/O: looks whether there is a folder.
+
+        Raises
+        ------
+        LocalStoreError
+            Not an ``s3://`` URI, or a key that leaves its bucket.
+        """
+        if not uri.startswith("s3://"):
+            raise LocalStoreError(f"not an s3:// URI: {uri!r}")
+        name, _, key = uri[5:].partition("/")
+        if ".." in key.split("/") or "\0" in key or name.startswith("."):
+            raise LocalStoreError("the key of an s3:// URI leaves its bucket")
+        if name == MACHINE_BUCKET:
+            return _FolderBucket(Path(os.path.abspath(os.sep))), key
+        if self.s3 is not None and not (self.root / name).is_dir():
+            return self.s3(name), key
+        if key.startswith("/"):
+            raise LocalStoreError("the key of an s3:// URI leaves its bucket")
+        return _FolderBucket(self.root / name), key

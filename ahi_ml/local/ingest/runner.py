@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from ahi_ml.errors import ConfigError
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, Job
-from ahi_ml.local.ingest.job import JobFailure, Limits, run_job
+from ahi_ml.local.files import REGION, StoreFolder
+from ahi_ml.local.ingest.job import JobFailure, run_job
+from ahi_ml.local.injector import Injector
+from ahi_ml.local.settings import Settings
 from ahi_ml.local.uris import UriMap
 
 __all__ = ["JobRunner"]
@@ -24,15 +29,20 @@ class JobRunner:
 
     Parameters
     ----------
-    catalog, blobs, uris, limits
+    catalog, blobs
         What `run_job` takes.
+    folder : StoreFolder
+        Holds the buckets and the settings.
+    injector : Injector
+        Says how slow jobs are.
     """
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, uris: UriMap, limits: Limits) -> None:
-        self._catalog, self._blobs, self._uris, self._limits = catalog, blobs, uris, limits
+    def __init__(self, catalog: Catalog, blobs: BlobStore, folder: StoreFolder, injector: Injector) -> None:
+        self._catalog, self._blobs, self._folder, self._injector = catalog, blobs, folder, injector
         self._queue = ThreadPoolExecutor(1, "ahi-ml-jobs")
         self._pending = 0
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
 
     @property
     def idle(self) -> bool:
@@ -56,7 +66,8 @@ class JobRunner:
         self._queue.submit(self._run, store, job)
 
     def close(self) -> None:
-        """Drop queued jobs and wait for the running one."""
+        """Drop queued jobs, stop the running one unless it writes image sets already, and wait for it."""
+        self._stopping.set()
         self._queue.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, store: Datastore, job: Job) -> None:
@@ -67,16 +78,50 @@ class JobRunner:
                 self._pending -= 1
 
     def _run_to_its_end(self, store: Datastore, job: Job) -> None:
+        self._wait()
         job = self._catalog.update_job(job, status="IN_PROGRESS")
+        self._wait()
         try:
-            run_job(self._catalog, self._blobs, self._uris, store, job, limits=self._limits)
+            settings = Settings.read(self._folder.settings)
+            run_job(
+                self._catalog,
+                self._blobs,
+                self._uris(settings),
+                store,
+                job,
+                limits=settings.limits,
+                stopping=self._stopping,
+                pause=self._wait if self._injector.faults.slow_s else None,
+            )
         except JobFailure as failure:
             self._end(job, "FAILED", str(failure))
+        except ConfigError:
+            _LOG.exception("import job %s", job.id)
+            self._end(job, "FAILED", "DICOM import job has failed. The settings of the store cannot be read")
         except Exception as error:
             _LOG.exception("import job %s", job.id)
             self._end(job, "FAILED", f"DICOM import job has failed. Internal error ({type(error).__name__})")
         else:
             self._end(job, "COMPLETED", None)
+
+    def _uris(self, settings: Settings) -> UriMap:
+        if not settings.s3:
+            return UriMap(self._folder.buckets)
+        from ahi_ml.local.s3 import S3Bucket, connect_s3  # costs a tenth of a second, and few need it
+
+        client = None
+
+        def bucket(name: str) -> S3Bucket:
+            nonlocal client
+            client = client or connect_s3(REGION, connections=os.cpu_count() or 1)
+            return S3Bucket(client, name)
+
+        return UriMap(self._folder.buckets, bucket)
+
+    def _wait(self) -> None:
+        """Take the time that slow mode asks for; a server that stops does not wait."""
+        if slow_s := self._injector.faults.slow_s:
+            self._stopping.wait(slow_s)
 
     def _end(self, job: Job, status: str, message: str | None) -> None:
         if message is not None:

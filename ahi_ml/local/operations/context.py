@@ -10,14 +10,15 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, ImageSet
 from ahi_ml.local.ingest.runner import JobRunner
+from ahi_ml.local.injector import Injector
 from ahi_ml.local.protocol import ServiceFault
+from ahi_ml.local.settling import Settling
 
 __all__ = ["Context"]
 
@@ -42,8 +43,10 @@ class Context:
         What ARNs say.
     secret : bytes
         Signs page tokens.
-    background : Executor
-        Settles writes, one after the other.
+    settling : Settling
+        Does afterwards what answers promise, one after the other.
+    injector : Injector
+        Faults in force.
     clock : callable
         Seconds since the epoch.
     """
@@ -54,7 +57,8 @@ class Context:
     region: str
     account: str
     secret: bytes
-    background: Executor
+    settling: Settling
+    injector: Injector
     clock: Callable[[], float] = _now
 
     def datastore_arn(self, datastore_id: str) -> str:
@@ -77,7 +81,7 @@ class Context:
         return store
 
     def later(self, work: Callable[[], None], failed: Callable[[], None]) -> None:
-        """Settle a write in the background, in one transaction. I/O: the catalog, in another thread.
+        """Settle a write after its answer, in one transaction. I/O: the catalog, in another thread.
 
         Parameters
         ----------
@@ -98,7 +102,7 @@ class Context:
                 except Exception:
                     _LOG.exception("a failed write could not be settled")
 
-        self.background.submit(run)
+        self.settling.submit(run, self.injector.faults.slow_s)
 
     def image_set(self, datastore_id: str, image_set_id: str, *, deleted: bool = False) -> ImageSet:
         """An image set, or the service's fault; deleted ones only when asked for."""

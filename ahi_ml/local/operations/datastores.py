@@ -10,10 +10,11 @@ from ahi_ml.local.catalog import Datastore
 from ahi_ml.local.operations.context import Context
 from ahi_ml.local.protocol import ServiceFault
 
-__all__ = ["create_datastore", "delete_datastore", "get_datastore", "list_datastores"]
+__all__ = ["create_datastore", "delete_datastore", "get_datastore", "list_datastores", "recover_datastores"]
 
 Json = dict[str, Any]
 _MOST_STORES = 100
+_SETTLED = {"CREATING": "ACTIVE", "DELETING": "DELETED"}
 
 
 def create_datastore(context: Context, params: Json) -> Json:
@@ -28,7 +29,7 @@ def create_datastore(context: Context, params: Json) -> Json:
             store = Datastore(
                 id=secrets.token_hex(16),
                 name=params.get("datastoreName") or f"datastore-{secrets.token_hex(4)}",
-                status="ACTIVE",
+                status=_status(context, "CREATING"),
                 storage_format=params.get("losslessStorageFormat") or "HTJ2K",
                 created=now,
                 updated=now,
@@ -38,6 +39,11 @@ def create_datastore(context: Context, params: Json) -> Json:
             )
             context.catalog.save_datastore(store)
             context.catalog.set_tags(context.datastore_arn(store.id), params.get("tags") or {})
+            _settle_later(context, store)
+        elif _differs(store, params):
+            raise ServiceFault(
+                "ConflictException", "The clientToken belongs to an earlier request that had other parameters"
+            )
     return {"datastoreId": store.id, "datastoreStatus": "CREATING"}
 
 
@@ -73,8 +79,42 @@ def delete_datastore(context: Context, params: Json) -> Json:
             raise ServiceFault("ConflictException", f"Datastore with id {store.id} is not empty")
         if any(job.ended is None for job in context.catalog.jobs(store.id)):
             raise ServiceFault("ConflictException", f"Datastore with id {store.id} has import jobs that have not ended")
-        context.catalog.save_datastore(replace(store, status="DELETED", updated=context.clock(), client_token=None))
+        status = _status(context, "DELETING")
+        store = replace(store, status=status, updated=context.clock(), client_token=None)
+        context.catalog.save_datastore(store)
+        _settle_later(context, store)
     return {"datastoreId": store.id, "datastoreStatus": "DELETING"}
+
+
+def recover_datastores(context: Context) -> None:
+    """Bring to its end what a killed server left CREATING or DELETING."""
+    for status in _SETTLED:
+        for store in context.catalog.datastores(status):
+            _settle(context, store)
+
+
+def _status(context: Context, passing: str) -> str:
+    """The passing state in slow mode, the state it ends in otherwise."""
+    return passing if context.injector.faults.slow_s else _SETTLED[passing]
+
+
+def _settle_later(context: Context, store: Datastore) -> None:
+    if store.status in _SETTLED:
+        context.later(lambda: _settle(context, store), lambda: None)
+
+
+def _settle(context: Context, store: Datastore) -> None:
+    context.catalog.save_datastore(replace(store, status=_SETTLED[store.status], updated=context.clock()))
+
+
+def _differs(store: Datastore, params: Json) -> bool:
+    asked = (
+        params.get("datastoreName") or store.name,
+        params.get("losslessStorageFormat") or "HTJ2K",
+        params.get("kmsKeyArn"),
+        params.get("lambdaAuthorizerArn"),
+    )
+    return asked != (store.name, store.storage_format, store.kms_key_arn, store.authorizer_arn)
 
 
 def _summary(context: Context, store: Datastore) -> Json:

@@ -133,8 +133,11 @@ def _version(context: Context, found: ImageSet, params: Json) -> Version:
 def get_image_set_metadata(context: Context, params: Json) -> Json:
     """The metadata document at a version, gzipped."""
     found = context.image_set(params["datastoreId"], params["imageSetId"])
-    body = context.catalog.document(found.id, _version(context, found, params).version)
-    if body is None:
+    version = _version(context, found, params)
+    body = context.catalog.document(found.id, version.version)
+    unready_s = context.injector.faults.unready_s
+    imported = version.workflow in ("CREATED", "IMPORTED")
+    if body is None or (unready_s and imported and context.clock() - version.updated < unready_s):
         raise ServiceFault("ConflictException", f"The metadata of image set {found.id} is not ready yet")
     context.catalog.touch(found.id, context.clock())
     return {"imageSetMetadataBlob": body, "contentType": "application/json", "contentEncoding": "gzip"}

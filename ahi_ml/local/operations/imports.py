@@ -21,14 +21,17 @@ def start_dicom_import_job(context: Context, params: Json) -> Json:
     with context.catalog.transaction():
         store = context.datastore(params["datastoreId"])
         job = context.catalog.job_by_token(store.id, params["clientToken"])
-        if job is None:
+        configuration = params.get("importConfiguration")
+        if job is not None:
+            if _differs(job, params, configuration):
+                raise ServiceFault(
+                    "ConflictException", "The clientToken belongs to an earlier request that had other parameters"
+                )
+        else:
             running = sum(found.ended is None for found in context.catalog.jobs(store.id))
             if running >= _MOST_JOBS:
                 raise ServiceFault("ServiceQuotaExceededException", f"More than {_MOST_JOBS} concurrent import jobs")
-            configuration = params.get("importConfiguration")
             job_id = secrets.token_hex(16)
-            output = params["outputS3Uri"]
-            output = output if output.endswith("/") else f"{output}/"
             job = Job(
                 id=job_id,
                 datastore_id=store.id,
@@ -36,14 +39,34 @@ def start_dicom_import_job(context: Context, params: Json) -> Json:
                 status="SUBMITTED",
                 role_arn=params["dataAccessRoleArn"],
                 input_uri=params["inputS3Uri"],
-                output_uri=f"{output}{store.id}-DicomImport-{job_id}/",
+                output_uri=_output_uri(params, store.id, job_id),
                 submitted=context.clock(),
                 client_token=params["clientToken"],
-                configuration=json.dumps(configuration) if configuration else None,
+                configuration=_dumped(configuration),
             )
             context.catalog.save_job(job)
             context.jobs.submit(store, job)
     return {"datastoreId": store.id, "jobId": job.id, "jobStatus": "SUBMITTED", "submittedAt": job.submitted}
+
+
+def _output_uri(params: Json, datastore_id: str, job_id: str) -> str:
+    output = params["outputS3Uri"]
+    return f"{output}{'' if output.endswith('/') else '/'}{datastore_id}-DicomImport-{job_id}/"
+
+
+def _dumped(configuration: Json | None) -> str | None:
+    return json.dumps(configuration, sort_keys=True) if configuration else None
+
+
+def _differs(job: Job, params: Json, configuration: Json | None) -> bool:
+    asked = (
+        params.get("jobName"),
+        params["dataAccessRoleArn"],
+        params["inputS3Uri"],
+        _output_uri(params, job.datastore_id, job.id),
+        _dumped(configuration),
+    )
+    return asked != (job.name, job.role_arn, job.input_uri, job.output_uri, job.configuration)
 
 
 def get_dicom_import_job(context: Context, params: Json) -> Json:

@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, translated
+from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, make_s3_client, translated
 from ahi_ml.config import cache_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
+from ahi_ml.imports.staging import JobLimits
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.reader import Reader
 from ahi_ml.search import Search, make_search
@@ -116,7 +117,7 @@ class DataStore:
         assert target.datastore_id is not None
         connection = make_connection(target.service)
         region = connection.client.meta.region_name
-        places = ImportPlaces(s3=lambda: connection.session.create_client("s3", region_name=region))
+        places = ImportPlaces(s3=lambda: make_s3_client(region, target.service.profile))
         return self._session(connection, target.datastore_id, places, {})
 
     def _open_folder(self) -> _Session:
@@ -136,8 +137,10 @@ class DataStore:
         places = ImportPlaces(
             role_arn=f"arn:aws:iam::{endpoint.account}:role/embedded-store",
             output_uri="s3://import-reports/",
+            staging_uri="s3://import-staging/",
             machine_bucket=MACHINE_BUCKET,
             buckets=target.folder / "s3",
+            s3=lambda: make_s3_client(endpoint.region),
         )
         datastore_id = _named_datastore(connection.client, target.name, create=self._create)
         session = self._session(connection, datastore_id, places, process.environment(endpoint, keys))
@@ -253,12 +256,17 @@ class DataStore:
         *,
         role_arn: str | None = None,
         output_uri: str | None = None,
+        staging_uri: str | None = None,
+        limits: JobLimits | None = None,
         wait: bool = True,
         progress: bool | None = None,
     ) -> ImportReport:
         """Import DICOM files into the data store.
 
-        I/O: one import job. An embedded store reads a local folder in place.
+        I/O: one import job; for a local folder as many, one after the other, as the limits of a job
+        ask for. On AWS its files are uploaded to `staging_uri` and removed from there when their job
+        has ended (not without `wait`: then they stay). An embedded store reads a folder in place that
+        is one job's, and links or copies the files of larger ones.
 
         Parameters
         ----------
@@ -267,8 +275,12 @@ class DataStore:
         role_arn, output_uri : str, optional
             Role the service assumes and where it writes its report: needed on AWS, known to an
             embedded store.
+        staging_uri : str, optional
+            ``s3://`` prefix to upload local files to; the role must be able to read there.
+        limits : JobLimits, optional
+            What goes into one job, for accounts whose quotas differ from 5,000 files, 10 GiB, and 10 GiB a file.
         wait : bool
-            Wait for the job to end and read its report.
+            Wait for the jobs to end and read their reports.
         progress : bool, optional
             Show a progress bar.
 
@@ -280,18 +292,22 @@ class DataStore:
         Raises
         ------
         ConfigError
-            No such folder, or a missing `role_arn` or `output_uri`.
+            No such folder, or a missing `role_arn`, `output_uri` or `staging_uri`.
         ServiceError
-            The data store said no, or the whole job failed.
+            The data store or S3 said no, or a whole job failed: what earlier jobs imported stays.
         """
         session = self._here
         places = replace(
             session.places,
             role_arn=role_arn or session.places.role_arn,
             output_uri=output_uri or session.places.output_uri,
+            staging_uri=staging_uri or session.places.staging_uri,
         )
         shown = self.progress if progress is None else progress
-        return run_import(session.client, session.datastore_id, source, places, wait=wait, progress=shown)
+        limits = limits or JobLimits()
+        return run_import(
+            session.client, session.datastore_id, source, places, limits=limits, wait=wait, progress=shown
+        )
 
 
 @dataclass(frozen=True, slots=True)

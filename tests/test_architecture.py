@@ -28,7 +28,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "cache": set(),
         "client": {"boto3", "botocore", "pycurl"},
     },
-    {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm", "boto3"}, "reader": set()},
+    {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm"}, "reader": set()},
     {"store": set()},
     {"volume": {"xarray"}},
     {"datasets": {"torch"}, "features": {"joblib", "pandas", "tqdm"}},
@@ -42,7 +42,7 @@ ALLOWED = {room: packages for rooms in FLOORS for room, packages in rooms.items(
 
 # The embedded store stands beside: it uses floors 0 and 1 and its own packages.
 LOCAL_PACKAGES = {"pydicom", "botocore", "uvicorn", "filelock"}
-LOCAL_ORDER = ["protocol", "catalog", "blobs", "ingest", "operations", "server", "serve"]
+LOCAL_ORDER = ["protocol", "injector", "catalog", "blobs", "ingest", "operations", "server", "serve"]
 MAY_USE_LOCAL = {("store", "lazily"), ("cli", "lazily")}
 
 

@@ -153,6 +153,7 @@ def import_(
     source: Annotated[str, typer.Argument(help="Folder of DICOM files, or an s3:// prefix.")],
     role_arn: Annotated[str | None, typer.Option(help="Role HealthImaging assumes (AWS).")] = None,
     output_uri: Annotated[str | None, typer.Option(help="s3:// prefix of the report (AWS).")] = None,
+    staging_uri: Annotated[str | None, typer.Option(help="s3:// prefix to upload a folder to (AWS).")] = None,
     region: Region = None,
     profile: Profile = None,
     endpoint_url: EndpointUrl = None,
@@ -164,7 +165,7 @@ def import_(
     Example: ahi-ml import my-store scans/
     """
     with _open(target, region, profile, endpoint_url, quiet) as store:
-        report = store.import_dicom(source, role_arn=role_arn, output_uri=output_uri)
+        report = store.import_dicom(source, role_arn=role_arn, output_uri=output_uri, staging_uri=staging_uri)
     if not quiet:
         for failure in report.failed:
             _say(f"{failure.input_file}: {failure.reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ahi_ml.client.failures import service_error, translated
-from ahi_ml.client.sessions import AccessKeys, Connection, Service, make_connection
+from ahi_ml.client.sessions import AccessKeys, Connection, Service, make_connection, make_s3_client
 from ahi_ml.client.transport import BestTransport, Boto3Transport, FrameTransport
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "FrameTransport",
     "Service",
     "make_connection",
+    "make_s3_client",
     "service_error",
     "translated",
 ]

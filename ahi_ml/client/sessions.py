@@ -14,7 +14,7 @@ from ahi_ml._version import __version__
 from ahi_ml.client.failures import ATTEMPTS, translated
 from ahi_ml.errors import ConfigError
 
-__all__ = ["AccessKeys", "Connection", "Service", "make_connection"]
+__all__ = ["AccessKeys", "Connection", "Service", "make_connection", "make_s3_client"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,23 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
             config = config.merge(Config(inject_host_prefix=False))
             client = boto3_session.client("medical-imaging", endpoint_url=service.endpoint_url, config=config)
     return Connection(client, session)
+
+
+def make_s3_client(region: str, profile: str | None = None) -> Any:
+    """An ``s3`` client by boto3's own rules, whatever keys the data store has. I/O: boto3's configuration files.
+
+    Raises
+    ------
+    ConfigError
+        No such profile.
+    """
+    import boto3
+    from botocore.config import Config
+
+    with translated("connect"):
+        session = boto3.session.Session(profile_name=profile)
+        config = Config(max_pool_connections=32, retries={"mode": "standard", "total_max_attempts": ATTEMPTS})
+        return session.client("s3", region_name=session.region_name or region, config=config)
 
 
 def _is_local(url: str) -> bool:

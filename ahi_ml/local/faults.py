@@ -32,7 +32,7 @@ QUOTAS: dict[str, tuple[float, float]] = {
 }
 """Requests a second and burst that the service grants an account, by operation."""
 
-_SECONDS = ("unready_s", "slow_s")
+_SECONDS = ("unready_s", "manifest_lag_s", "slow_s")
 _RATES = ("error_rate", "reset_rate", "truncate_rate", "corrupt_rate", "quota_rate")
 _LONGEST_MS = 600_000
 
@@ -63,6 +63,8 @@ class Faults:
         Share of the requests that a quota can refuse which get ServiceQuotaExceededException (402).
     unready_s : float
         For so long after an import GetImageSetMetadata answers ConflictException (409).
+    manifest_lag_s : float
+        The manifest of an import job appears so long after the job is COMPLETED.
     slow_s : float
         How long each change of state takes that is asynchronous on the service: LOCKED, CREATING, SUBMITTED,
         IN_PROGRESS and their like last that long.
@@ -81,6 +83,7 @@ class Faults:
     corrupt_rate: float = 0.0
     quota_rate: float = 0.0
     unready_s: float = 0.0
+    manifest_lag_s: float = 0.0
     slow_s: float = 0.0
     operations: tuple[str, ...] = ()
     seed: int = 0

@@ -423,8 +423,8 @@ class TestImport:
         deadline = datetime.now(UTC) + timedelta(seconds=30)
         while another.search().count() < 1:
             assert datetime.now(UTC) < deadline
-        job = another.client.get_dicom_import_job(datastoreId=another.datastore_id, jobId=report.job_id)
-        assert job["jobProperties"]["jobId"] == report.job_id
+        job = another.client.get_dicom_import_job(datastoreId=another.datastore_id, jobId=report.job_ids[0])
+        assert job["jobProperties"]["jobId"] == report.job_ids[0]
 
     def test_an_empty_folder(self, another: DataStore, tmp_path: Path) -> None:
         report = another.import_dicom(tmp_path)

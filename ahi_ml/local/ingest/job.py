@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ahi_ml.errors import LocalStoreError
@@ -17,7 +18,7 @@ from ahi_ml.local.ingest.commit import Busy, commit_group
 from ahi_ml.local.ingest.enhance import enhance
 from ahi_ml.local.ingest.image_sets import Group, Instance, grouping_keys
 from ahi_ml.local.ingest.instances import Refusal, read_instance
-from ahi_ml.local.ingest.report import Outcome, write_report
+from ahi_ml.local.ingest.report import Outcome, write_lines, write_manifest
 from ahi_ml.local.settings import Limits
 from ahi_ml.local.uris import InputFile, UriMap
 
@@ -43,8 +44,8 @@ def run_job(
     workers: int | None = None,
     stopping: threading.Event | None = None,
     pause: Callable[[], None] | None = None,
-) -> None:
-    """Import everything under a job's input URI and write its report.
+) -> Callable[[], None]:
+    """Import everything under a job's input URI and write the lines of its report.
 
     I/O: reads the input files, writes blobs, one catalog transaction for each image set, and the
     report. Files are parsed and encoded on all cores; one file a core is in memory.
@@ -59,6 +60,11 @@ def run_job(
         Once set, the job fails before it has changed an image set, or goes on to its end.
     pause : callable, optional
         Waits while an image set that is there already shows LOCKED and IMPORTING.
+
+    Returns
+    -------
+    callable
+        Writes the manifest, which ends the report; raises OSError.
 
     Raises
     ------
@@ -98,11 +104,12 @@ def run_job(
     for key, mapping in mappings:
         enhance(catalog, store, mapping, key, by_key.get(key), outcome)
     try:
-        write_report(target, output, job, outcome)
+        write_lines(target, output, outcome)
     except OSError as error:
         raise JobFailure(
             f"DICOM import job has failed. The image sets are there, the report could not be written: {error}"
         ) from error
+    return partial(write_manifest, target, output, job, outcome)
 
 
 def _scan(found: Iterable[InputFile], limits: Limits) -> list[InputFile]:

@@ -10,7 +10,7 @@ from typing import Any
 from ahi_ml.local.catalog import ImageSet, Job
 from ahi_ml.local.uris import Bucket
 
-__all__ = ["Outcome", "write_report"]
+__all__ = ["Outcome", "write_lines", "write_manifest"]
 
 Json = dict[str, Any]
 _CUSTOMER, _SERVER = "ValidationException", "InternalServerException"
@@ -51,8 +51,8 @@ class Outcome:
         self.image_sets.append((found, len(files)))
 
 
-def write_report(bucket: Bucket, prefix: str, job: Job, outcome: Outcome) -> None:
-    """Write the lines, then the manifest. I/O: four objects."""
+def write_lines(bucket: Bucket, prefix: str, outcome: Outcome) -> None:
+    """Write the lines of the three reports. I/O: three objects."""
     for name, lines in (
         ("success", outcome.successes),
         ("failure", outcome.failures),
@@ -60,6 +60,10 @@ def write_report(bucket: Bucket, prefix: str, job: Job, outcome: Outcome) -> Non
     ):
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         bucket.write(f"{prefix}{name.upper()}/{name}.ndjson", text)
+
+
+def write_manifest(bucket: Bucket, prefix: str, job: Job, outcome: Outcome) -> None:
+    """Write the summary, which says that the lines are complete. I/O: one object."""
     servers = sum(line["exception"]["exceptionType"] == _SERVER for line in outcome.failures)
     summary = {
         "jobId": job.id,

@@ -43,6 +43,8 @@ class JobRunner:
         self._pending = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        for name in ("import-reports", "import-staging"):  # what this package's own client names
+            (folder.buckets / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
     def idle(self) -> bool:
@@ -83,7 +85,7 @@ class JobRunner:
         self._wait()
         try:
             settings = Settings.read(self._folder.settings)
-            run_job(
+            write_manifest = run_job(
                 self._catalog,
                 self._blobs,
                 self._uris(settings),
@@ -93,8 +95,13 @@ class JobRunner:
                 stopping=self._stopping,
                 pause=self._wait if self._injector.faults.slow_s else None,
             )
+            lag_s = self._injector.faults.manifest_lag_s
+            if not lag_s:
+                write_manifest()
         except JobFailure as failure:
             self._end(job, "FAILED", str(failure))
+        except OSError as error:
+            self._end(job, "FAILED", f"DICOM import job has failed. Its manifest could not be written: {error}")
         except ConfigError:
             _LOG.exception("import job %s", job.id)
             self._end(job, "FAILED", "DICOM import job has failed. The settings of the store cannot be read")
@@ -103,6 +110,9 @@ class JobRunner:
             self._end(job, "FAILED", f"DICOM import job has failed. Internal error ({type(error).__name__})")
         else:
             self._end(job, "COMPLETED", None)
+            if lag_s:
+                self._stopping.wait(lag_s)
+                write_manifest()
 
     def _uris(self, settings: Settings) -> UriMap:
         if not settings.s3:

@@ -11,6 +11,8 @@ import ipaddress
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,17 @@ from ahi_ml.local.uris import MACHINE_BUCKET
 
 ROLE = "arn:aws:iam::123456789012:role/import"
 """A role that import jobs name; the embedded store takes any."""
+
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()  # until the tests are over, however they end
+server.stop()
+"""
 
 
 @dataclass(frozen=True)
@@ -181,6 +194,36 @@ def import_folder(tmp_path_factory: pytest.TempPathFactory) -> ImportFolder:
         return Imported(job, manifest, lines("success"), lines("failure"), lines("warning"))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty S3 on loopback; boto3 and s3fs go there, with made-up credentials, meanwhile.
+
+    In a process of its own: moto puts its hands into botocore when it is imported.
+    """
+    pytest.importorskip("flask_cors", reason="the server of moto needs flask and flask-cors: see the extra 'test'")
+    log = tmp_path_factory.mktemp("moto") / "log"  # a line for every request: a pipe that nobody reads would fill
+    with log.open("w") as messages:
+        started = subprocess.Popen(
+            [sys.executable, "-c", _MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True
+        )
+    assert started.stdin is not None
+    assert started.stdout is not None
+    port = started.stdout.readline().strip()
+    if not port.isdigit():
+        started.kill()
+        raise RuntimeError(f"moto does not start: {log.read_text()[-2000:]}")
+    url = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "made-up")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL_S3", url)
+        yield url
+    started.stdin.close()
+    started.wait(30)
+    started.stdout.close()
 
 
 @pytest.fixture(scope="session")

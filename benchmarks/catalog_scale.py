@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def _reads(store: ahi_ml.DataStore, ids: list[str]) -> dict[str, Callable[[], An
     def equal(name: str, value: Any) -> dict[str, Any]:
         return {"operator": "EQUAL", "values": [{name: value}]}
 
-    def dates() -> dict[str, Any]:
-        day = f"{draw.randrange(2000, 2020)}{draw.randrange(1, 13):02}"
-        bounds = [{"DICOMStudyDateAndTime": {"DICOMStudyDate": f"{day}{end}"}} for end in ("01", "28")]
+    def day() -> dict[str, Any]:
+        at = {"DICOMStudyDate": _study_date(draw.randrange(len(ids)))}
+        bounds = [{"DICOMStudyDateAndTime": {**at, "DICOMStudyTime": time}} for time in ("000000", "235959")]
         return {"operator": "BETWEEN", "values": bounds}
 
     def metadata() -> bytes:
@@ -100,7 +101,7 @@ def _reads(store: ahi_ml.DataStore, ids: list[str]) -> dict[str, Callable[[], An
         "search page, by study date": lambda: search(
             sort={"sortField": "DICOMStudyDateAndTime", "sortOrder": "ASC"}, filters=[equal("isPrimary", True)]
         ),
-        "search page, a month": lambda: search(filters=[dates(), equal("isPrimary", True)]),
+        "search page, a day": lambda: search(filters=[day(), equal("isPrimary", True)]),
         "search page, a patient": lambda: search(filters=[equal("DICOMPatientId", _patient(draw.randrange(len(ids))))]),
         "GetImageSet": lambda: client.get_image_set(datastoreId=datastore_id, imageSetId=draw.choice(ids)),
         "GetImageSetMetadata": metadata,
@@ -118,6 +119,11 @@ def _p50(ask: Callable[[], Any], requests: int) -> float:
 
 def _patient(number: int) -> str:
     return f"P{number // 4:06}"
+
+
+def _study_date(number: int) -> str:
+    """Fifty image sets a day: a page, however many there are."""
+    return (date(2000, 1, 1) + timedelta(days=number // 50)).strftime("%Y%m%d")
 
 
 def _fill(folder: Path, count: int) -> list[str]:
@@ -159,7 +165,6 @@ def _fill(folder: Path, count: int) -> list[str]:
 
 def _document(datastore_id: str, image_set_id: str, number: int) -> dict[str, Any]:
     root = f"1.2.826.0.1.3680043.8.498.{number // 2}"
-    day = f"{2000 + number % 20}{1 + number // 20 % 12:02}{1 + number // 240 % 28:02}"
     instances = {
         f"{root}.{number % 2}.{each}": {
             "DICOM": {
@@ -179,7 +184,7 @@ def _document(datastore_id: str, image_set_id: str, number: int) -> dict[str, An
         "ImageSetID": image_set_id,
         "Patient": {"DICOM": {"PatientID": _patient(number)}},
         "Study": {
-            "DICOM": {"StudyInstanceUID": root, "StudyDate": day, "StudyTime": "120000"},
+            "DICOM": {"StudyInstanceUID": root, "StudyDate": _study_date(number), "StudyTime": "120000"},
             "Series": {f"{root}.{number % 2}": series},
         },
     }

@@ -18,6 +18,7 @@ from typing import Any
 
 from ahi_ml.errors import LocalStoreError
 from ahi_ml.local.rows import (
+    MIGRATIONS,
     SCHEMA,
     SCHEMA_VERSION,
     Datastore,
@@ -64,7 +65,10 @@ class Catalog:
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found == 0:
                 self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-            elif found != SCHEMA_VERSION:
+            while found in MIGRATIONS:
+                self._db.executescript(f"BEGIN; {MIGRATIONS[found]} PRAGMA user_version={found + 1}; COMMIT;")
+                found += 1
+            if found not in (0, SCHEMA_VERSION):
                 raise LocalStoreError(
                     f"the catalog {path} has schema version {found}, this release reads {SCHEMA_VERSION}: "
                     "open it with the release that made it, or import into a new folder"
@@ -249,7 +253,7 @@ class Catalog:
         after : (value, id), optional
             Last row of the page before.
         """
-        column = f"coalesce({order}, '')" if order == "study_moment" else order
+        column = "coalesce(study_moment, '')" if order == "study_moment" else order
         sql = "SELECT * FROM image_sets WHERE datastore_id=? AND deleted IS NULL"
         values: list[Any] = [datastore_id]
         for condition, arguments in conditions:

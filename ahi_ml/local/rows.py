@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "MIGRATIONS",
     "SCHEMA",
     "SCHEMA_VERSION",
     "Datastore",
@@ -19,8 +20,24 @@ __all__ = [
     "version_from",
 ]
 
-SCHEMA_VERSION = 1
-SCHEMA = """
+SCHEMA_VERSION = 2
+# Each is an order that a search can ask for, behind what it can ask to be equal: a page is read and not
+# sorted. An image set without a study date comes before those that have one.
+INDEXES = "".join(
+    f"CREATE INDEX image_sets_{name} ON image_sets(datastore_id, {columns}, id) WHERE deleted IS NULL;\n"
+    for name, columns in {
+        "updated": "updated",
+        "created": "created",
+        "moment": "coalesce(study_moment, '')",
+        "patient": "patient_id, updated",
+        "accession": "accession_number, updated",
+        "study_id": "study_id, updated",
+        "study": "study_uid, updated",
+        "series": "series_uid, updated",
+    }.items()
+)
+SCHEMA = (
+    """
 CREATE TABLE datastores(
     id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, storage_format TEXT NOT NULL,
     created REAL NOT NULL, updated REAL NOT NULL, client_token TEXT UNIQUE, kms_key_arn TEXT, authorizer_arn TEXT);
@@ -34,14 +51,6 @@ CREATE TABLE image_sets(
     created REAL NOT NULL, updated REAL NOT NULL, accessed REAL NOT NULL, deleted REAL,
     patient_id TEXT, accession_number TEXT, study_id TEXT, study_uid TEXT, series_uid TEXT, study_moment TEXT,
     study_key TEXT NOT NULL, series_key TEXT NOT NULL, tags TEXT NOT NULL);
-CREATE INDEX image_sets_updated ON image_sets(datastore_id, updated, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_created ON image_sets(datastore_id, created, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_moment ON image_sets(datastore_id, study_moment, id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_patient ON image_sets(datastore_id, patient_id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_accession ON image_sets(datastore_id, accession_number) WHERE deleted IS NULL;
-CREATE INDEX image_sets_study_id ON image_sets(datastore_id, study_id) WHERE deleted IS NULL;
-CREATE INDEX image_sets_study ON image_sets(datastore_id, study_uid) WHERE deleted IS NULL;
-CREATE INDEX image_sets_series ON image_sets(datastore_id, series_uid) WHERE deleted IS NULL;
 CREATE TABLE versions(
     image_set_id TEXT NOT NULL, version INTEGER NOT NULL, state TEXT NOT NULL, workflow TEXT NOT NULL,
     updated REAL NOT NULL, message TEXT, forced INTEGER, is_primary INTEGER NOT NULL,
@@ -53,6 +62,16 @@ CREATE TABLE frames(
     PRIMARY KEY(image_set_id, frame_id)) WITHOUT ROWID;
 CREATE TABLE tags(arn TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY(arn, key)) WITHOUT ROWID;
 """
+    + INDEXES
+)
+MIGRATIONS = {
+    1: "".join(
+        f"DROP INDEX image_sets_{name};\n"
+        for name in ("updated", "created", "moment", "patient", "accession", "study_id", "study", "series")
+    )
+    + INDEXES
+}
+"""What brings a catalog of an earlier version to the next one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,11 @@ _EQUAL = {
     "DICOMSeriesInstanceUID": "series_uid",
     "isPrimary": "is_primary",
 }
-_BETWEEN = {"createdAt": "created", "updatedAt": "updated", "DICOMStudyDateAndTime": "study_moment"}
+_BETWEEN = {
+    "createdAt": "created",
+    "updatedAt": "updated",
+    "DICOMStudyDateAndTime": "coalesce(study_moment, '')",  # as it is indexed
+}
 _SORT = {"updatedAt": "updated", "createdAt": "created", "DICOMStudyDateAndTime": "study_moment"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ahi_ml.cache import FrameCache
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
@@ -137,6 +138,7 @@ class FrameDataset(Dataset[Item]):
         )
         self._on_error = on_error
         self._read = self._skipped = 0
+        self._settled = False
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -147,7 +149,7 @@ class FrameDataset(Dataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         # The column is in the index; its file travels, not the values.
-        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0}
+        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0, "_settled": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -188,6 +190,10 @@ class FrameDataset(Dataset[Item]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[Item]:
         """The items of some rows, in their order, read at the same time; see `__getitem__`."""
+        if not self._settled and get_worker_info() is not None:
+            # A full collection writes to every object that a forked worker inherited, and so copies them all.
+            gc.freeze()
+            self._settled = True
         return self.items(self.submit(rows))
 
     # What FrameLoader builds on
@@ -236,7 +242,7 @@ class FrameDataset(Dataset[Item]):
         self._read += len(rows)
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
         still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
-        items = []
+        items: list[Item] = []
         for row, array, details in zip(rows, pending.arrays, self.index.details(rows), strict=True):
             item: Item = {
                 "image": torch.from_numpy(array),
@@ -245,7 +251,9 @@ class FrameDataset(Dataset[Item]):
             }
             if self._target is not None:
                 item["target"] = self._target_of(int(row), item)
-            items.append(item if self._transform is None else self._transform(item, epoch, stands_still=still))
+            items.append(
+                item if self._transform is None else self._transform(item, epoch, stands_still=still and not items)
+            )
         return items
 
     def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:

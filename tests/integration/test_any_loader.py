@@ -522,7 +522,7 @@ class TestAsTrainersDo:
 
 SCRIPT = '''
 """Trains for some batches from a state on, as torchrun starts it; rank 0 writes what all ranks got, and the state."""
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -536,6 +536,7 @@ if __name__ == "__main__":
         dataset = ahi.FrameDataset(store, ahi.DatasetIndex.load(index))
         sampler = ahi.ResumableSampler(dataset, seed=8, pad=False)  # before the process group is there
         dist.init_process_group("gloo")
+        del os.environ["RANK"]  # not every launcher sets it; the process group knows
         if Path(state_file).exists():
             sampler.load_state_dict(json.loads(Path(state_file).read_text()))
         loader = DataLoader(dataset, 3, sampler=sampler, num_workers=int(workers))

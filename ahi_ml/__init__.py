@@ -12,7 +12,7 @@ from ahi_ml._version import __version__
 
 if TYPE_CHECKING:
     from ahi_ml import errors, local, pixels
-    from ahi_ml.datasets import FrameDataset, FrameLoader
+    from ahi_ml.datasets import FrameDataset, FrameLoader, ResumableSampler
     from ahi_ml.errors import AhiError
     from ahi_ml.features import extract_features
     from ahi_ml.geometry import Geometry
@@ -27,6 +27,7 @@ __all__ = [
     "FrameDataset",
     "FrameLoader",
     "Geometry",
+    "ResumableSampler",
     "__version__",
     "connect",
     "errors",
@@ -43,6 +44,7 @@ _HOME = {
     "FrameDataset": "datasets",
     "FrameLoader": "datasets",
     "Geometry": "geometry",
+    "ResumableSampler": "datasets",
     "connect": "store",
     "extract_features": "features",
     "open_volume": "volume",

@@ -46,7 +46,7 @@ def test_the_python_blocks_run(workplace: Path) -> None:
         "print(len(client.search_image_sets(datastoreId=store)['imageSetsMetadataSummaries']))\n"
     )
     blocks = _blocks("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     script = "import os\n" + "\n".join(blocks)
     script += "\nassert report.imported == 12 and len(table) == 12 and table['error'].isna().all()"
     script += "\nassert volume.shape[1:] == (128, 128) and len(train) + len(val) == 12\n"

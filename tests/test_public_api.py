@@ -13,7 +13,7 @@ import ahi_ml
 from ahi_ml import errors
 
 FUNCTIONS = ["connect", "open_volume", "extract_features"]
-CLASSES = ["DataStore", "DatasetIndex", "FrameDataset", "FrameLoader", "Geometry"]
+CLASSES = ["DataStore", "DatasetIndex", "FrameDataset", "FrameLoader", "Geometry", "ResumableSampler"]
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ahi_ml.cache import FrameCache
+from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
 from ahi_ml.pixels import Window
@@ -23,7 +25,7 @@ from ahi_ml.types import AnyArray, FrameStep, Output, PathType
 __all__ = ["FrameDataset", "Item", "PendingBatch"]
 
 Item = dict[str, Any]
-Transform = Callable[[Item], Item]
+Transform = Callable[..., Item]
 
 # torch has no arithmetic for the wider unsigned types.
 _TORCH_SAFE: dict[str, np.dtype[Any]] = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
@@ -43,11 +45,12 @@ class _TensorOptions(ReadOptions):
 
 @dataclass(eq=False)
 class PendingBatch:
-    """Items under way: rows, the arrays they are read into, and the reader's batch."""
+    """Items under way: rows, the arrays they are read into, the reader's batch; the epoch, if not the dataset's."""
 
     rows: AnyArray
     arrays: list[AnyArray]
     batch: Batch
+    epoch: int | None = None
 
 
 class FrameDataset(Dataset[Item]):
@@ -70,7 +73,9 @@ class FrameDataset(Dataset[Item]):
         Which frames.
     transform : FrameStep, sequence of FrameStep, or callable, optional
         The package's own pixel steps (`pixels.Window`, ...) run in the decode threads, in place. A
-        callable takes the item and returns it, once an item, before batches are made.
+        callable takes the item and returns it, once an item, before batches are made. What it draws at random,
+        from a parameter ``rng`` (a `numpy.random.Generator`) or from torch, numpy and Python, depends on
+        `seed`, epoch and the item's key alone; see `set_epoch`.
     target : str, mapping or callable, optional
         ``item["target"]``: a column of ``index.frames``; a mapping from key, SOP instance UID or series UID; or a
         callable that takes the item.
@@ -89,6 +94,8 @@ class FrameDataset(Dataset[Item]):
         More than 1 % of skipped frames raise all the same.
     verify : bool
         Compare with the data store's checksums.
+    seed : int or None
+        Of random transforms. None leaves their randomness as it is.
 
     Raises
     ------
@@ -110,12 +117,15 @@ class FrameDataset(Dataset[Item]):
         cache: FrameCache | PathType | Literal["store"] | None = "store",
         on_error: Literal["raise", "skip"] = "raise",
         verify: bool = True,
+        seed: int | None = 0,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is 'raise' or 'skip', not {on_error!r}")
         self.store = store
         self.index = index
-        steps, self._transform = _divide_transform(transform)
+        steps, call = _divide_transform(transform)
+        self._transform = None if call is None else SeededTransform(call, seed)
+        self._epoch = SharedEpoch()
         self.options = _TensorOptions(output, dtype, steps, padding, window, verify)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
@@ -128,6 +138,7 @@ class FrameDataset(Dataset[Item]):
         )
         self._on_error = on_error
         self._read = self._skipped = 0
+        self._settled = False
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -138,12 +149,19 @@ class FrameDataset(Dataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         # The column is in the index; its file travels, not the values.
-        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0}
+        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0, "_settled": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self._target, str):
             self._target_column = self.index.column(self._target)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch items are read for, here and in workers that run: another epoch, another augmentation.
+
+        I/O: none. `ResumableSampler` and `FrameLoader` call it. Selections of this dataset count for themselves.
+        """
+        self._epoch.set(epoch)
 
     @property
     def transforms_items(self) -> bool:
@@ -165,12 +183,17 @@ class FrameDataset(Dataset[Item]):
         if isinstance(row, slice | np.ndarray | list) or (isinstance(row, torch.Tensor) and row.ndim):
             key = row.numpy() if isinstance(row, torch.Tensor) else row
             selected = FrameDataset.__new__(FrameDataset)
-            selected.__setstate__({**self.__getstate__(), "index": self.index[key]})
+            own = {"index": self.index[key], "_epoch": SharedEpoch(self._epoch.value)}
+            selected.__setstate__({**self.__getstate__(), **own})
             return selected
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Item]:
         """The items of some rows, in their order, read at the same time; see `__getitem__`."""
+        if not self._settled and get_worker_info() is not None:
+            # A full collection writes to every object that a forked worker inherited, and so copies them all.
+            gc.freeze()
+            self._settled = True
         return self.items(self.submit(rows))
 
     # What FrameLoader builds on
@@ -217,7 +240,9 @@ class FrameDataset(Dataset[Item]):
             if isinstance(outcome, BaseException):
                 rows = self._replace(pending, rows, slot, outcome)
         self._read += len(rows)
-        items = []
+        epoch = self._epoch.value if pending.epoch is None else pending.epoch
+        still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
+        items: list[Item] = []
         for row, array, details in zip(rows, pending.arrays, self.index.details(rows), strict=True):
             item: Item = {
                 "image": torch.from_numpy(array),
@@ -226,7 +251,9 @@ class FrameDataset(Dataset[Item]):
             }
             if self._target is not None:
                 item["target"] = self._target_of(int(row), item)
-            items.append(item if self._transform is None else self._transform(item))
+            items.append(
+                item if self._transform is None else self._transform(item, epoch, stands_still=still and not items)
+            )
         return items
 
     def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ahi_ml.datasets.frames import FrameDataset, Item, PendingBatch
+from ahi_ml.datasets.sampler import EpochRows, ResumableSampler
 from ahi_ml.errors import ConfigError, DataError
 from ahi_ml.types import AnyArray
 
@@ -26,7 +29,8 @@ class FrameLoader:
 
     While one batch is used the next ones are on their way; memory is bounded by the batches ahead.
     Batches equal those of torch's DataLoader over the same dataset and order. Each iteration is an
-    epoch; the order depends on the seed and the epoch alone.
+    epoch; the order depends on the seed and the epoch alone. `state_dict` tells where the loop
+    stands, counting the batches it has got and none that are on their way.
 
     I/O: none when made.
 
@@ -43,7 +47,7 @@ class FrameLoader:
     drop_last : bool
         Leave a last, smaller batch out.
     sampler : iterable of int, optional
-        Gives the rows of an epoch, instead of `shuffle`.
+        Gives the rows of an epoch, instead of `shuffle`: a `ResumableSampler` for one of several ranks.
     collate_fn : callable, optional
         Makes a batch of a list of items; by default as torch does.
     frames_ahead : int
@@ -79,9 +83,14 @@ class FrameLoader:
             raise ConfigError("give a sampler or shuffle=True, not both")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.epoch = 0
-        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
-        self._sampler = sampler
+        self._drop_last = drop_last
+        self.sampler: Iterable[int] = (
+            ResumableSampler(dataset, seed=seed, shuffle=shuffle, num_replicas=1, rank=0)
+            if sampler is None
+            else sampler
+        )
+        self._epoch = self._skip = 0  # of another kind of sampler: next epoch, samples of it to leave out
+        self._latest: _Progress | None = None
         self._collate = collate_fn
         self._ahead = 1 + math.ceil(frames_ahead / batch_size)
         self._buffers = _BufferPool(self._ahead + 2)
@@ -91,12 +100,53 @@ class FrameLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        rows = len(self._sampler) if isinstance(self._sampler, Sized) else len(self.dataset)
+        rows = len(self.sampler) if isinstance(self.sampler, Sized) else len(self.dataset)
         return rows // self.batch_size if self._drop_last else math.ceil(rows / self.batch_size)
 
+    @property
+    def epoch(self) -> int:
+        """Which epoch the next iteration is."""
+        return self.sampler.upcoming()[0] if isinstance(self.sampler, ResumableSampler) else self._epoch
+
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is. I/O: none."""
-        self.epoch = epoch
+        """Say which epoch the next iteration is. What a state has consumed of that very epoch stays. I/O: none."""
+        if epoch != self._epoch:
+            self._skip = 0
+        self._epoch, self._latest = epoch, None
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands: after the batches it has got. After a whole epoch, at the start of the next.
+
+        I/O: none. Without a sampler or with a `ResumableSampler` this is a state of the latter, good for
+        any batch size and number of ranks. Of another sampler it counts samples, to leave them out.
+        """
+        latest = self._latest
+        if isinstance(self.sampler, ResumableSampler):
+            if latest is not None and isinstance(latest.rows, EpochRows):
+                return latest.rows.state_dict(latest.taken)
+            return self.sampler.state_at(*self.sampler.upcoming())
+        if latest is not None:
+            return {"epoch": latest.epoch, "taken": latest.taken}
+        return {"epoch": self._epoch, "taken": self._skip}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: the next iteration is the rest of its epoch, later ones are whole. I/O: none.
+
+        Raises
+        ------
+        ConfigError, SnapshotDriftError
+            See `ResumableSampler.load_state_dict`.
+        """
+        if isinstance(self.sampler, ResumableSampler):
+            self.sampler.load_state_dict(state)
+            self._latest = None
+            return
+        if not {"epoch", "taken"} <= state.keys():
+            raise ConfigError(f"not a state of a FrameLoader with a {type(self.sampler).__name__}")
+        self.set_epoch(int(state["epoch"]))
+        self._skip = int(state["taken"])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of an epoch.
@@ -108,28 +158,29 @@ class FrameLoader:
         AhiError
             A frame cannot be read, unless the dataset skips such frames.
         """
-        batches = self._batches(self._rows())
-        self.epoch += 1
+        progress = self._latest = self._begin()
         pending: deque[PendingBatch] = deque()
         try:
-            for rows in batches:
+            for rows in self._batches(progress.rows):
                 pending.append(self.dataset.submit(rows, self._buffers.take))
+                pending[-1].epoch = progress.epoch
                 if len(pending) > self._ahead:
-                    yield self._finish(pending.popleft())
+                    yield self._finish(pending.popleft(), progress)
             while pending:
-                yield self._finish(pending.popleft())
+                yield self._finish(pending.popleft(), progress)
+            if self._latest is progress:
+                self._latest = None
         finally:
             for left in pending:
                 left.batch.cancel()
 
-    def _rows(self) -> Iterator[int]:
-        if self._sampler is not None:
-            return iter(self._sampler)
-        if self._shuffle:
-            order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self.dataset))
-        else:
-            order = np.arange(len(self.dataset))
-        return (int(row) for row in order)
+    def _begin(self) -> _Progress:
+        rows = iter(self.sampler)
+        if isinstance(rows, EpochRows):
+            return _Progress(rows.begin(), rows)
+        epoch, skip = self._epoch, self._skip
+        self._epoch, self._skip = epoch + 1, 0
+        return _Progress(epoch, islice(rows, skip, None), skip)
 
     def _batches(self, rows: Iterator[int]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -141,7 +192,12 @@ class FrameLoader:
         if batch and not self._drop_last:
             yield batch
 
-    def _finish(self, pending: PendingBatch) -> Any:
+    def _finish(self, pending: PendingBatch, progress: _Progress) -> Any:
+        batch = self._collated(pending)
+        progress.taken += len(pending.rows)
+        return batch
+
+    def _collated(self, pending: PendingBatch) -> Any:
         items = self.dataset.items(pending)
         if self._collate is not None:
             return self._collate(items)
@@ -150,6 +206,15 @@ class FrameLoader:
             return _collate(items)
         rest = default_collate([{name: value for name, value in item.items() if name != "image"} for item in items])
         return {"image": self._buffers.lend(base), **rest}
+
+
+@dataclass(eq=False)
+class _Progress:
+    """An iteration: its epoch, its rows, and how many samples the loop has got."""
+
+    epoch: int
+    rows: Iterator[int]
+    taken: int = 0
 
 
 class _BufferPool:

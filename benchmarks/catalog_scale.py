@@ -91,6 +91,10 @@ def _reads(store: ahi_ml.DataStore, ids: list[str]) -> dict[str, Callable[[], An
         bounds = [{"DICOMStudyDateAndTime": {**at, "DICOMStudyTime": time}} for time in ("000000", "235959")]
         return {"operator": "BETWEEN", "values": bounds}
 
+    def years() -> dict[str, Any]:
+        bounds = [{"DICOMStudyDateAndTime": {"DICOMStudyDate": date}} for date in ("19900101", "20301231")]
+        return {"operator": "BETWEEN", "values": bounds}
+
     def metadata() -> bytes:
         answer = client.get_image_set_metadata(datastoreId=datastore_id, imageSetId=draw.choice(ids))
         body: bytes = answer["imageSetMetadataBlob"].read()
@@ -102,6 +106,8 @@ def _reads(store: ahi_ml.DataStore, ids: list[str]) -> dict[str, Callable[[], An
             sort={"sortField": "DICOMStudyDateAndTime", "sortOrder": "ASC"}, filters=[equal("isPrimary", True)]
         ),
         "search page, a day": lambda: search(filters=[day(), equal("isPrimary", True)]),
+        "search page, all dates": lambda: search(filters=[years()]),
+        "search page, not primary": lambda: search(filters=[equal("isPrimary", False)]),
         "search page, a patient": lambda: search(filters=[equal("DICOMPatientId", _patient(draw.randrange(len(ids))))]),
         "GetImageSet": lambda: client.get_image_set(datastoreId=datastore_id, imageSetId=draw.choice(ids)),
         "GetImageSetMetadata": metadata,

@@ -33,6 +33,14 @@ from ahi_ml.local.rows import (
 __all__ = ["Catalog", "Datastore", "FrameRow", "ImageSet", "Job", "Version"]
 
 
+_FEW = 1_000
+
+
+def _term(column: str) -> str:
+    """A column as it is indexed."""
+    return "coalesce(study_moment, '')" if column == "study_moment" else column
+
+
 class Catalog:
     """The catalog in one file.
 
@@ -235,8 +243,9 @@ class Catalog:
     def search(
         self,
         datastore_id: str,
-        conditions: Sequence[tuple[str, Sequence[Any]]],
         *,
+        equal: Sequence[tuple[str, Any]] = (),
+        between: Sequence[tuple[str, Any, Any]] = (),
         order: str,
         descending: bool,
         after: Sequence[Any] | None,
@@ -246,25 +255,42 @@ class Catalog:
 
         Parameters
         ----------
-        conditions : sequence of (SQL, values)
-            Conditions on columns of ``image_sets``, with ``?`` for values. Never user text.
+        equal : sequence of (column, value)
+            Columns of ``image_sets`` and what they hold.
+        between : sequence of (column, value, value)
+            Columns and their first and last value.
         order : {"updated", "created", "study_moment"}
             Sort column; the id breaks ties.
         after : (value, id), optional
             Last row of the page before.
         """
-        column = "coalesce(study_moment, '')" if order == "study_moment" else order
-        sql = "SELECT * FROM image_sets WHERE datastore_id=? AND deleted IS NULL"
-        values: list[Any] = [datastore_id]
-        for condition, arguments in conditions:
-            sql += f" AND ({condition})"
-            values += arguments
+        where, values = ["datastore_id=?", "deleted IS NULL"], [datastore_id]
+        for column, value in equal:
+            if column == "is_primary":  # spelt out: there is an index of those that are not
+                where.append("is_primary" if value else "NOT is_primary")
+            else:
+                where.append(f"{column}=?")
+                values.append(value)
+        for column, low, high in between:
+            term = _term(column)
+            if column != order and self._many(datastore_id, term, low, high):
+                # Reading all of a wide range to sort it takes longer than reading in order and leaving
+                # out the few beside it; the plus sign keeps the range's own index out of it.
+                term = f"+{term}"
+            where.append(f"{term} BETWEEN ? AND ?")
+            values += [low, high]
         if after is not None:
-            sql += f" AND ({column}, id) {'<' if descending else '>'} (?, ?)"
+            where.append(f"({_term(order)}, id) {'<' if descending else '>'} (?, ?)")
             values += after
         way = "DESC" if descending else "ASC"
-        sql += f" ORDER BY {column} {way}, id {way} LIMIT ?"
+        sql = f"SELECT * FROM image_sets WHERE {' AND '.join(where)} ORDER BY {_term(order)} {way}, id {way} LIMIT ?"
         return [image_set_from(row) for row in self._all(sql, [*values, limit])]
+
+    def _many(self, datastore_id: str, term: str, low: Any, high: Any) -> bool:
+        """Whether a range holds more image sets than are quickly sorted."""
+        sql = f"SELECT 1 FROM image_sets WHERE datastore_id=? AND deleted IS NULL AND {term} BETWEEN ? AND ?"
+        row = self._one(f"SELECT count(*) FROM ({sql} LIMIT {_FEW})", (datastore_id, low, high))
+        return row is not None and int(row[0]) == _FEW
 
     def touch(self, image_set_id: str, moment: float) -> None:
         """Note an access."""

@@ -36,6 +36,9 @@ INDEXES = "".join(
         "series": "series_uid, updated",
     }.items()
 )
+INDEXES += (
+    "CREATE INDEX image_sets_other ON image_sets(datastore_id, updated, id) WHERE deleted IS NULL AND NOT is_primary;\n"
+)
 SCHEMA = (
     """
 CREATE TABLE datastores(

@@ -27,11 +27,7 @@ _EQUAL = {
     "DICOMSeriesInstanceUID": "series_uid",
     "isPrimary": "is_primary",
 }
-_BETWEEN = {
-    "createdAt": "created",
-    "updatedAt": "updated",
-    "DICOMStudyDateAndTime": "coalesce(study_moment, '')",  # as it is indexed
-}
+_BETWEEN = {"createdAt": "created", "updatedAt": "updated", "DICOMStudyDateAndTime": "study_moment"}
 _SORT = {"updatedAt": "updated", "createdAt": "created", "DICOMStudyDateAndTime": "study_moment"}
 
 
@@ -41,12 +37,19 @@ def search_image_sets(context: Context, params: Json) -> Json:
     criteria = params.get("searchCriteria") or {}
     sort = criteria.get("sort") or {"sortField": "updatedAt", "sortOrder": "DESC"}
     order = _SORT[sort["sortField"]]
-    conditions = [_condition(each) for each in criteria.get("filters") or []]
+    equal, between = [], []
+    for each in criteria.get("filters") or []:
+        column, values = _condition(each)
+        if each["operator"] == "EQUAL":
+            equal.append((column, values[0]))
+        else:
+            between.append((column, values[0], values[1]))
     found, token = context.page(
         params,
         lambda after, limit: context.catalog.search(
             store.id,
-            conditions,
+            equal=equal,
+            between=between,
             order=order,
             descending=sort["sortOrder"] == "DESC",
             after=after,
@@ -59,6 +62,7 @@ def search_image_sets(context: Context, params: Json) -> Json:
 
 
 def _condition(search_filter: Json) -> tuple[str, Sequence[Any]]:
+    """The column that a filter is about, and its one or two values."""
     operator = search_filter["operator"]
     names = {next(iter(value)) for value in search_filter["values"]}
     values = [next(iter(value.values())) for value in search_filter["values"]]
@@ -68,12 +72,12 @@ def _condition(search_filter: Json) -> tuple[str, Sequence[Any]]:
     if operator == "EQUAL" and name in _EQUAL:
         if len(values) != 1:
             raise ServiceFault("ValidationException", "The EQUAL operator takes one value")
-        return f"{_EQUAL[name]}=?", [values[0]]
+        return _EQUAL[name], values
     if operator == "BETWEEN" and name in _BETWEEN:
         if len(values) != 2:
             raise ServiceFault("ValidationException", "The BETWEEN operator takes two values")
         bounds = [_study_moment(each) if name == "DICOMStudyDateAndTime" else _seconds(each) for each in values]
-        return f"{_BETWEEN[name]} BETWEEN ? AND ?", bounds
+        return _BETWEEN[name], bounds
     raise ServiceFault("ValidationException", f"The {operator} operator is not supported for {name}")
 
 

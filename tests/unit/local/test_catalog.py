@@ -219,9 +219,9 @@ class TestTransactions:
         assert seen == [[]]
 
 
-def find(catalog: Catalog, *conditions: Any, order: str = "updated", down: bool = False, **page: Any) -> list[str]:
-    page = {"after": None, "limit": 50, **page}
-    found = catalog.search(STORE.id, conditions, order=order, descending=down, **page)
+def find(catalog: Catalog, *, order: str = "updated", down: bool = False, **asked: Any) -> list[str]:
+    asked = {"after": None, "limit": 50, **asked}
+    found = catalog.search(STORE.id, order=order, descending=down, **asked)
     return [each.id for each in found]
 
 
@@ -258,7 +258,7 @@ class TestPages:
         whole = find(full, order=order, down=down)
         paged: list[str] = []
         after = None
-        while page := full.search(STORE.id, [], order=order, descending=down, after=after, limit=size):
+        while page := full.search(STORE.id, order=order, descending=down, after=after, limit=size):
             assert len(page) <= size
             paged += [each.id for each in page]
             value = getattr(page[-1], order)
@@ -266,12 +266,25 @@ class TestPages:
         assert paged == whole
 
     def test_conditions(self, full: Catalog) -> None:
-        odd = ("patient_id=?", ["odd"])
-        late = ("updated BETWEEN ? AND ?", [1.0, 2.0])
-        assert find(full, odd) == ["i1", "i3", "i5"]
-        assert find(full, odd, late) == ["i3", "i5"]
-        assert find(full, ("patient_id=?", ["odd' OR 1=1 --"])) == []
-        assert find(full, odd, after=(0.0, "i1"), limit=1) == ["i3"]
+        odd, late = [("patient_id", "odd")], [("updated", 1.0, 2.0)]
+        assert find(full, equal=odd) == ["i1", "i3", "i5"]
+        assert find(full, equal=odd, between=late) == ["i3", "i5"]
+        assert find(full, equal=[("patient_id", "odd' OR 1=1 --")]) == []
+        assert find(full, equal=odd, after=(0.0, "i1"), limit=1) == ["i3"]
+        full.save_image_set(replace(full.image_set_of("i4"), is_primary=False))
+        assert find(full, equal=[("is_primary", False)]) == ["i4"]
+        assert find(full, equal=[("is_primary", True)]) == ["i0", "i1", "i2", "i3", "i5", "i6"]
+
+    @pytest.mark.parametrize("few", [1, 3, 1000])
+    @pytest.mark.parametrize("order", ["updated", "created", "study_moment"])
+    def test_wide_and_narrow_ranges_answer_alike(
+        self, full: Catalog, monkeypatch: pytest.MonkeyPatch, few: int, order: str
+    ) -> None:
+        monkeypatch.setattr("ahi_ml.local.catalog._FEW", few)
+        for low, high, expected in (("a", "b", "01256"), ("b", "c", "0245"), ("a", "z", "012456"), ("x", "z", "")):
+            found = find(full, order=order, between=[("study_moment", low, high)])
+            assert sorted(found) == [f"i{number}" for number in expected]
+            assert found == [each for each in find(full, order=order) if each in found]
 
     def test_jobs_come_newest_first(self, catalog: Catalog) -> None:
         for number in range(4):
@@ -345,3 +358,26 @@ class TestFile:
             other.execute("SELECT * FROM datastores")
         other.close()
         holder.close()
+
+    def test_an_older_schema_is_brought_up_to_date(self, tmp_path: Path) -> None:
+        path = tmp_path / "catalog.sqlite"
+        catalog = Catalog(path)
+        catalog.save_datastore(STORE)
+        catalog.save_image_set(IMAGE_SET)
+        catalog.close()
+        with sqlite3.connect(path) as db:
+            now = db.execute("SELECT name, sql FROM sqlite_master WHERE type='index' AND sql NOT NULL").fetchall()
+            for name, _ in now:
+                if name.startswith("image_sets_"):
+                    db.execute(f"DROP INDEX {name}")
+            for name in ("updated", "created", "moment", "patient", "accession", "study_id", "study", "series"):
+                db.execute(f"CREATE INDEX image_sets_{name} ON image_sets(datastore_id, id)")
+            db.execute("PRAGMA user_version=1")
+        db.close()
+        catalog = Catalog(path)
+        assert find(catalog) == [IMAGE_SET.id]
+        catalog.close()
+        with sqlite3.connect(path) as db:
+            then = db.execute("SELECT name, sql FROM sqlite_master WHERE type='index' AND sql NOT NULL").fetchall()
+        db.close()
+        assert sorted(then) == sorted(now)

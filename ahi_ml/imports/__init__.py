@@ -210,7 +210,7 @@ class _Jobs:
         return report
 
     def _wait(self, job_id: str, bar: Any) -> dict[str, Any]:
-        pause = _POLL_S
+        started = time.monotonic()
         while True:
             with translated("GetDICOMImportJob", f"job {job_id}"):
                 answer = self._client.get_dicom_import_job(datastoreId=self._datastore_id, jobId=job_id)
@@ -218,8 +218,8 @@ class _Jobs:
             bar.set_postfix_str(job["jobStatus"])
             if job["jobStatus"] in ("COMPLETED", "FAILED"):
                 return job
-            time.sleep(pause)
-            pause = min(pause * 1.3, _SLOWEST_POLL_S)
+            # So often that waiting makes no job much longer, and never so often as to be throttled.
+            time.sleep(min(max(_POLL_S, (time.monotonic() - started) / 20), _SLOWEST_POLL_S))
 
 
 def _together(reports: list[ImportReport]) -> ImportReport:

@@ -51,6 +51,7 @@ _SKIPPED: Final = frozenset(
     }
 )
 _MOST_DEPTH: Final = 32
+_SHORT: Final = 256
 
 
 @dataclass(slots=True)
@@ -118,8 +119,8 @@ def read_levels(dataset: Dataset) -> Levels:
     """
     levels = Levels()
     merged: Json = {}
-    _read_into(getattr(dataset, "file_meta", None) or Dataset(), merged, levels, ["iso8859"])
-    _read_into(dataset, merged, levels, ["iso8859"])
+    _read_into(getattr(dataset, "file_meta", None) or Dataset(), merged, levels, ("iso8859",))
+    _read_into(dataset, merged, levels, ("iso8859",))
     homes = {"Patient": levels.patient, "Study": levels.study, "Series": levels.series}
     for key, value in merged.items():
         homes.get(LEVEL_OF.get(key, ""), levels.instance)[key] = value
@@ -130,21 +131,29 @@ def _read_into(
     dataset: Dataset,
     target: Json,
     levels: Levels,
-    encodings: list[str],
+    encodings: tuple[str, ...],
     signed: bool = False,
     depth: int = 0,
 ) -> None:
     if depth > _MOST_DEPTH:
         raise _TooDeepError(f"sequences are nested deeper than {_MOST_DEPTH} levels")
     encodings = _encodings(dataset, encodings)
-    for tag in sorted(dataset.keys()):
-        if tag in _SKIPPED or (tag.element == 0 and tag.group != 0):
+    for tag, element in sorted(dataset.items(), key=_number):
+        number = int(tag)
+        if number in _SKIPPED or (number & 0xFFFF == 0 and number > 0xFFFF):
             continue
-        key, dictionary_vr, plural = _entry(int(tag))
+        value: Any = None
+        if (known := _repeated(number, element, encodings, signed)) is not None:
+            key, vr, value = known
+            target[key] = value
+            if depth == 0 and key == f"{number:08X}":
+                levels.vrs[key] = vr
+            if number == 0x00280103:
+                signed = value == 1
+            continue
+        key, dictionary_vr, plural = _entry(number)
         try:
-            element: Any = dataset.get_item(tag)
             vr = _vr(dataset, tag, element, dictionary_vr)
-            value: Any = None
             if vr == "SQ":
                 items = dataset[tag].value
                 value = [_item(item, levels, encodings, signed, depth) for item in items or []] or None
@@ -178,17 +187,49 @@ def _read_into(
             signed = value == 1
 
 
-def _item(item: Dataset, levels: Levels, encodings: list[str], signed: bool, depth: int) -> Json:
+def _number(pair: tuple[BaseTag, Any]) -> int:
+    return int(pair[0])
+
+
+def _repeated(number: int, element: Any, encodings: tuple[str, ...], signed: bool) -> tuple[str, str, Any] | None:
+    """Key, VR and value of a short element whose bytes alone give them; None for any other.
+
+    Most elements of an instance are those of its neighbours, byte for byte, so they are remembered.
+    """
+    if not isinstance(element, RawDataElement) or not isinstance(element.value, bytes):
+        return None
+    if len(element.value) > _SHORT or (element.VR in (None, "UN") and (number >> 16) & 1):
+        return None
+    try:
+        return _remembered(number, element.VR, element.value, encodings, element.is_little_endian, signed)
+    except (ValueError, TypeError, struct.error, LookupError, OverflowError):
+        return None  # the long way says what is wrong
+
+
+@lru_cache(maxsize=32_768)
+def _remembered(
+    number: int, vr: str | None, raw: bytes, encodings: tuple[str, ...], little_endian: bool, signed: bool
+) -> tuple[str, str, Any] | None:
+    key, dictionary_vr, plural = _entry(number)
+    if not vr or vr == "UN":
+        vr = _public_vr(dictionary_vr)
+    if not vr or vr == "SQ":
+        return None
+    value = _from_bytes(raw, vr, plural, encodings, little_endian, signed)
+    return key, vr, "" if value is None and vr == "UN" else value
+
+
+def _item(item: Dataset, levels: Levels, encodings: tuple[str, ...], signed: bool, depth: int) -> Json:
     target: Json = {}
     _read_into(item, target, levels, encodings, signed, depth + 1)
     return target
 
 
-def _encodings(dataset: Dataset, inherited: list[str]) -> list[str]:
+def _encodings(dataset: Dataset, inherited: tuple[str, ...]) -> tuple[str, ...]:
     if 0x00080005 not in dataset:
         return inherited
     try:
-        return convert_encodings(dataset.get("SpecificCharacterSet"))
+        return tuple(convert_encodings(dataset.get("SpecificCharacterSet")))
     except (LookupError, ValueError, TypeError, AttributeError):
         return inherited
 
@@ -200,7 +241,7 @@ def _vr(dataset: Dataset, tag: BaseTag, element: Any, dictionary_vr: str) -> str
     if vr and vr != "UN":
         return str(vr)
     if dictionary_vr:  # implicit VR, or a writer that did not know the element
-        return "OW" if " or OW" in dictionary_vr or dictionary_vr.startswith("OB or") else dictionary_vr
+        return _public_vr(dictionary_vr)
     if tag.is_private_creator:
         return "LO"
     if tag.is_private and vr != "UN":
@@ -215,6 +256,10 @@ def _vr(dataset: Dataset, tag: BaseTag, element: Any, dictionary_vr: str) -> str
     return "UN"
 
 
+def _public_vr(dictionary_vr: str) -> str:
+    return "OW" if " or OW" in dictionary_vr or dictionary_vr.startswith("OB or") else dictionary_vr
+
+
 def _shape(values: Sequence[Any], plural: bool) -> Any:
     """A list when the dictionary says so or the file has several; None when there is nothing."""
     if not values or (len(values) == 1 and values[0] == ""):
@@ -222,7 +267,9 @@ def _shape(values: Sequence[Any], plural: bool) -> Any:
     return list(values) if plural or len(values) > 1 else values[0]
 
 
-def _from_bytes(raw: bytes, vr: str, plural: bool, encodings: list[str], little_endian: bool, signed: bool) -> Any:
+def _from_bytes(
+    raw: bytes, vr: str, plural: bool, encodings: tuple[str, ...], little_endian: bool, signed: bool
+) -> Any:
     if vr in _NUMBERS:
         code = "h" if vr == "US or SS" and signed else _NUMBERS[vr]
         count = len(raw) // struct.calcsize(code)
@@ -243,12 +290,12 @@ def _from_bytes(raw: bytes, vr: str, plural: bool, encodings: list[str], little_
     return _shape([strip(value, " \0") for value in values], plural)
 
 
-def _text(raw: bytes, vr: str, encodings: list[str]) -> str:
+def _text(raw: bytes, vr: str, encodings: tuple[str, ...]) -> str:
     if raw.isascii() and b"\x1b" not in raw and b"~" not in raw:
         return raw.decode("ascii")
     if vr not in _TEXT:
         return raw.decode("latin-1")
-    return decode_bytes(raw, encodings, _NAME_DELIMITERS if vr == "PN" else _TEXT_DELIMITERS)
+    return decode_bytes(raw, list(encodings), _NAME_DELIMITERS if vr == "PN" else _TEXT_DELIMITERS)
 
 
 def _plain(numbers: Iterable[float], vr: str) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ahi_ml.client import translated
-from ahi_ml.errors import ConfigError, ConflictError, MetadataError
+from ahi_ml.client import image_set_document, translated
+from ahi_ml.errors import ConfigError, MetadataError
 from ahi_ml.index import DatasetIndex, Gatherer
 from ahi_ml.index.expression import unknown_column
 from ahi_ml.index.schema import TABLES
@@ -29,8 +28,6 @@ _LOG = logging.getLogger(__name__)
 _PAGE = 50
 _MOST_FILTERS = 2
 _METADATA_THREADS = 16
-_READY_ATTEMPTS = 20
-_READY_WAIT_S = 0.25
 _EQUAL = {
     "patient_id": "DICOMPatientId",
     "accession_number": "DICOMAccessionNumber",
@@ -340,27 +337,14 @@ class Search:
         return without
 
     def _read(self, client: Any, summary: ImageSetSummary, extra: dict[str, str]) -> list[SeriesRecord]:
-        for attempt in range(_READY_ATTEMPTS):
-            try:
-                with translated("GetImageSetMetadata", f"image set {summary.image_set_id}"):
-                    answer = client.get_image_set_metadata(
-                        datastoreId=self.datastore_id,
-                        imageSetId=summary.image_set_id,
-                        versionId=summary.version_id,
-                    )
-                    body = answer["imageSetMetadataBlob"].read()
-                try:
-                    return list(parse_document(body, extra=extra))
-                except MetadataError as error:
-                    raise MetadataError(
-                        f"image set {summary.image_set_id}, version {summary.version_id}: {error}",
-                        image_set_id=summary.image_set_id,
-                    ) from error
-            except ConflictError:  # a large document is still being processed after its import
-                if attempt == _READY_ATTEMPTS - 1:
-                    raise
-                time.sleep(_READY_WAIT_S * (attempt + 1))
-        raise AssertionError("unreachable")
+        body = image_set_document(client, self.datastore_id, summary.image_set_id, summary.version_id)
+        try:
+            return list(parse_document(body, extra=extra))
+        except MetadataError as error:
+            raise MetadataError(
+                f"image set {summary.image_set_id}, version {summary.version_id}: {error}",
+                image_set_id=summary.image_set_id,
+            ) from error
 
 
 def make_search(

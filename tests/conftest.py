@@ -11,7 +11,10 @@ import ipaddress
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +184,63 @@ def import_folder(tmp_path_factory: pytest.TempPathFactory) -> ImportFolder:
         return Imported(job, manifest, lines("success"), lines("failure"), lines("warning"))
 
     return run
+
+
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()  # until the tests are over, however they end
+server.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty S3 on loopback; boto3 and s3fs go there, with made-up credentials, meanwhile.
+
+    In a process of its own: moto puts its hands into botocore when it is imported.
+    """
+    pytest.importorskip("flask_cors", reason="the server of moto needs flask and flask-cors: see the extra 'test'")
+    log = tmp_path_factory.mktemp("moto") / "log"  # a line for every request: a pipe that nobody reads would fill
+    with log.open("w") as messages:
+        started = subprocess.Popen(
+            [sys.executable, "-c", _MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True
+        )
+    assert started.stdin is not None
+    assert started.stdout is not None
+    port = started.stdout.readline().strip()
+    if not port.isdigit():
+        started.kill()
+        raise RuntimeError(f"moto does not start: {log.read_text()[-2000:]}")
+    url = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "made-up")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL_S3", url)
+        yield url
+    started.stdin.close()
+    started.wait(30)
+    started.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def entry_points_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that shows, once it is on ``sys.path``, the entry points an installation of this checkout has."""
+    project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    folder = tmp_path_factory.mktemp("installed")
+    info = folder / "ahi_ml_of_this_checkout-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ahi-ml-of-this-checkout\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm", "boto3"}, "reader": set()},
     {"store": set()},
-    {"volume": {"xarray"}},
+    {"volume": {"xarray"}, "filesystem": {"fsspec"}},
     {"datasets": {"torch"}, "features": {"joblib", "pandas", "tqdm"}},
     {
         "display": {"matplotlib", "xarray"},

@@ -241,7 +241,7 @@ class Search:
             Says aloud that the index may hold protected health information.
         patient_key : str or bytes, optional
             Secret of the patient keys; else ``AHI_ML_PATIENT_KEY``, else a random one that `save`
-            writes beside the index.
+            writes beside the index, on this machine only.
         progress : bool, optional
             Show a progress bar.
 
@@ -301,7 +301,7 @@ class Search:
                 "empty: no image set was found"
                 + (" among those searched for" if self.criteria or self.conditions else "")
             )
-        return DatasetIndex(gatherer.tables(), patient_secret=hasher.secret, notes=notes)
+        return DatasetIndex(gatherer.tables(), patient_secret=hasher.secret, secret_kept=not hasher.made, notes=notes)
 
     def _gather(
         self,

@@ -205,6 +205,8 @@ def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     In a process of its own: moto puts its hands into botocore when it is imported.
     """
     pytest.importorskip("flask_cors", reason="the server of moto needs flask and flask-cors: see the extra 'test'")
+    import s3fs
+
     log = tmp_path_factory.mktemp("moto") / "log"  # a line for every request: a pipe that nobody reads would fill
     with log.open("w") as messages:
         started = subprocess.Popen(
@@ -222,7 +224,10 @@ def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL_S3", url)
+        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps credentials; so do the instances of s3fs
+        s3fs.S3FileSystem.clear_instance_cache()
         yield url
+    s3fs.S3FileSystem.clear_instance_cache()
     started.stdin.close()
     started.wait(30)
     started.stdout.close()

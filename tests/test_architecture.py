@@ -16,6 +16,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {"errors": set(), "types": set(), "_version": set()},
     {
         "config": {"platformdirs"},
+        "remote": {"fsspec"},
         "perprocess": set(),
         "geometry": set(),
         "pixels": set(),

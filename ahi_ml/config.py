@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "decode_threads"]
+__all__ = ["cache_folder", "decode_threads", "index_folder"]
 
 _CACHE_VARIABLE = "AHI_ML_CACHE"
 
@@ -16,6 +16,15 @@ def cache_folder(argument: str | os.PathLike[str] | None = None) -> Path:
     """The cache folder: the argument, then ``AHI_ML_CACHE``, then the user's cache folder. I/O: none."""
     chosen = argument if argument is not None else os.environ.get(_CACHE_VARIABLE)
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("ahi_ml"))
+
+
+def index_folder() -> Path:
+    """Where copies of remote indexes lie: ``indexes`` in ``AHI_ML_CACHE`` or the user's cache folder. I/O: none.
+
+    On this machine always, since they are memory-mapped: an ``AHI_ML_CACHE`` that is a URL does not count.
+    """
+    chosen = os.environ.get(_CACHE_VARIABLE)
+    return cache_folder(chosen if chosen and "://" not in chosen else platformdirs.user_cache_dir("ahi_ml")) / "indexes"
 
 
 def decode_threads() -> int:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import DatasetIndex
 from ahi_ml.reader import ReadOptions
+from ahi_ml.remote import RemoteFile, local_or_remote
 from ahi_ml.store import DataStore
 from ahi_ml.types import AnyArray, PathType
 from ahi_ml.volume import open_volume
@@ -59,8 +60,8 @@ def extract_features(
         gives a mapping of names to numbers, strings or 1-D arrays. It must pickle.
     by : {"series", "frame"}
         One row a series or a frame.
-    out : path, optional
-        Parquet file.
+    out : path or str, optional
+        Parquet file, or an fsspec URL of one, such as ``s3://bucket/features.parquet``.
     n_jobs : int, optional
         As joblib takes it: None follows ``joblib.parallel_config``, -1 is all cores.
     on_error : {"record", "raise"}
@@ -81,6 +82,8 @@ def extract_features(
     ------
     ConfigError
         An option that cannot work.
+    OSError
+        `out` cannot be written.
     """
     import pandas as pd
 
@@ -88,6 +91,9 @@ def extract_features(
         raise ConfigError(f"features are by 'series' or 'frame', not {by!r}")
     if on_error not in ("record", "raise"):
         raise ConfigError(f"on_error is 'record' or 'raise', not {on_error!r}")
+    place = local_or_remote(out) if out is not None else None
+    if isinstance(place, RemoteFile):
+        place.check()
     tasks = list(_tasks(index, by))
     run = _one_series if by == "series" else _some_frames
     work = (delayed(run)(store, index, rows, function, dict(options or {}), on_error) for rows in tasks)
@@ -103,8 +109,8 @@ def extract_features(
             bar.update()
     table = pd.DataFrame(rows, columns=None if rows else [*_IDS[by], *_ERRORS])
     table = table[[*(name for name in table if name not in _ERRORS), *_ERRORS]]  # errors last
-    if out is not None:
-        _write(table, Path(out).expanduser())
+    if place is not None:
+        _write(table, place)
     return table
 
 
@@ -177,7 +183,11 @@ def _plain(value: Any) -> Any:
     return array.item() if array.ndim == 0 else array.tolist()
 
 
-def _write(table: pd.DataFrame, path: Path) -> None:
+def _write(table: pd.DataFrame, path: Path | RemoteFile) -> None:
+    if isinstance(path, RemoteFile):
+        with path.whole() as file:
+            table.to_parquet(file, index=False)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -15,6 +15,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ __all__ = [
     "FrameRecord",
     "InstanceRecord",
     "SeriesRecord",
+    "document_text",
+    "frame_ids",
     "parse_document",
     "table_data",
     "value_of",
@@ -238,6 +241,56 @@ def _encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
+@contextmanager
+def _reading_a_document() -> Iterator[None]:
+    """Raise whatever goes wrong as `MetadataError`."""
+    try:
+        yield
+    except MetadataError:
+        raise
+    except (
+        OSError,  # also what gzip says of a bad header and a bad checksum
+        EOFError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise MetadataError(f"not an image set metadata document: {type(error).__name__}: {error}") from error
+
+
+def document_text(body: Buffer) -> bytes:
+    """A metadata document as JSON in UTF-8, from what GetImageSetMetadata sends: gzipped or not. I/O: none.
+
+    Raises
+    ------
+    MetadataError
+        It cannot be unpacked.
+    """
+    with _reading_a_document():
+        return gzip.decompress(body) if bytes(memoryview(body)[:2]) == b"\x1f\x8b" else bytes(body)
+
+
+def frame_ids(body: Buffer) -> list[str]:
+    """Ids of the frames of a metadata document, each once, in the document's order. I/O: none.
+
+    Nothing else in the document need be usable, unlike for `parse_document`.
+
+    Raises
+    ------
+    MetadataError
+        Not a metadata document.
+    """
+    with _reading_a_document():
+        series = json.loads(document_text(body))["Study"]["Series"].values()
+        instances = (instance for each in series for instance in (each.get("Instances") or {}).values())
+        frames = (frame for instance in instances for frame in instance.get("ImageFrames") or [])
+        return list(dict.fromkeys(str(frame["ID"]) for frame in frames))
+
+
 def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iterator[SeriesRecord]:
     """Yield the series of an image set's metadata document, usually one.
 
@@ -255,9 +308,8 @@ def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iter
     MetadataError
         Not a metadata document, or one without what every document has.
     """
-    try:
-        text = gzip.decompress(body) if bytes(memoryview(body)[:2]) == b"\x1f\x8b" else bytes(body)
-        document = json.loads(text)
+    with _reading_a_document():
+        document = json.loads(document_text(body))
         image_set_id, datastore_id = (_encodable(str(document[name])) for name in ("ImageSetID", "DatastoreID"))
         patient = (document.get("Patient") or {}).get("DICOM") or {}
         study = document["Study"]
@@ -265,20 +317,6 @@ def parse_document(body: Buffer, *, extra: dict[str, str] | None = None) -> Iter
             yield _series(
                 image_set_id, datastore_id, patient, study.get("DICOM") or {}, series_uid, series, extra or {}
             )
-    except (
-        OSError,  # also what gzip says of a bad header and a bad checksum
-        EOFError,
-        zlib.error,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        if isinstance(error, MetadataError):
-            raise
-        raise MetadataError(f"not an image set metadata document: {type(error).__name__}: {error}") from error
 
 
 def _series(

@@ -23,9 +23,12 @@ class PatientHash:
     ----------
     secret : bytes
         The key. Whoever has it can test guesses of an identifier against a hash.
+    made : bool
+        Whether it was made by chance just now, so that nobody has it yet.
     """
 
     secret: bytes
+    made: bool = False
 
     def __repr__(self) -> str:
         return "PatientHash(...)"
@@ -51,7 +54,9 @@ def patient_hash(key: str | bytes | None = None) -> PatientHash:
     ConfigError
         An empty key.
     """
-    chosen = key if key is not None else os.environ.get(PATIENT_KEY_VARIABLE) or secrets.token_hex(32)
+    chosen = key if key is not None else os.environ.get(PATIENT_KEY_VARIABLE) or None
+    if chosen is None:
+        return PatientHash(secrets.token_hex(32).encode(), made=True)
     if not chosen:
         raise ConfigError("the patient key is empty: anybody could test guesses of a patient id against the index")
     return PatientHash(chosen.encode() if isinstance(chosen, str) else chosen)

@@ -234,9 +234,16 @@ class Reader:
         """Read frames and wait for them; see `submit`."""
         return self.submit(sources, options or ReadOptions(), cache=cache).wait()
 
+    def request(self, image_set_id: str, frame_id: str) -> Future[bytes]:
+        """Start fetching the encoded bytes of a frame, unverified and past any cache.
+
+        I/O: one request, in the background. The future may be cancelled until it is sent.
+        """
+        return self._transport.fetch(image_set_id, frame_id)
+
     def fetch(self, image_set_id: str, frame_id: str) -> bytes:
         """The encoded bytes of one frame, unverified. I/O: one request."""
-        return self._transport.fetch(image_set_id, frame_id).result()
+        return self.request(image_set_id, frame_id).result()
 
     def stats(self) -> dict[str, int]:
         """Counts so far; see `ReaderStats`. I/O: none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ahi_ml.client import translated
-from ahi_ml.errors import ConfigError, ConflictError, MetadataError
+from ahi_ml.client import image_set_document, translated
+from ahi_ml.errors import ConfigError, MetadataError
 from ahi_ml.index import DatasetIndex, Gatherer
 from ahi_ml.index.expression import unknown_column
 from ahi_ml.index.schema import TABLES
@@ -29,8 +28,6 @@ _LOG = logging.getLogger(__name__)
 _PAGE = 50
 _MOST_FILTERS = 2
 _METADATA_THREADS = 16
-_READY_ATTEMPTS = 20
-_READY_WAIT_S = 0.25
 _EQUAL = {
     "patient_id": "DICOMPatientId",
     "accession_number": "DICOMAccessionNumber",
@@ -244,7 +241,7 @@ class Search:
             Says aloud that the index may hold protected health information.
         patient_key : str or bytes, optional
             Secret of the patient keys; else ``AHI_ML_PATIENT_KEY``, else a random one that `save`
-            writes beside the index.
+            writes beside the index, on this machine only.
         progress : bool, optional
             Show a progress bar.
 
@@ -304,7 +301,7 @@ class Search:
                 "empty: no image set was found"
                 + (" among those searched for" if self.criteria or self.conditions else "")
             )
-        return DatasetIndex(gatherer.tables(), patient_secret=hasher.secret, notes=notes)
+        return DatasetIndex(gatherer.tables(), patient_secret=hasher.secret, secret_kept=not hasher.made, notes=notes)
 
     def _gather(
         self,
@@ -340,27 +337,14 @@ class Search:
         return without
 
     def _read(self, client: Any, summary: ImageSetSummary, extra: dict[str, str]) -> list[SeriesRecord]:
-        for attempt in range(_READY_ATTEMPTS):
-            try:
-                with translated("GetImageSetMetadata", f"image set {summary.image_set_id}"):
-                    answer = client.get_image_set_metadata(
-                        datastoreId=self.datastore_id,
-                        imageSetId=summary.image_set_id,
-                        versionId=summary.version_id,
-                    )
-                    body = answer["imageSetMetadataBlob"].read()
-                try:
-                    return list(parse_document(body, extra=extra))
-                except MetadataError as error:
-                    raise MetadataError(
-                        f"image set {summary.image_set_id}, version {summary.version_id}: {error}",
-                        image_set_id=summary.image_set_id,
-                    ) from error
-            except ConflictError:  # a large document is still being processed after its import
-                if attempt == _READY_ATTEMPTS - 1:
-                    raise
-                time.sleep(_READY_WAIT_S * (attempt + 1))
-        raise AssertionError("unreachable")
+        body = image_set_document(client, self.datastore_id, summary.image_set_id, summary.version_id)
+        try:
+            return list(parse_document(body, extra=extra))
+        except MetadataError as error:
+            raise MetadataError(
+                f"image set {summary.image_set_id}, version {summary.version_id}: {error}",
+                image_set_id=summary.image_set_id,
+            ) from error
 
 
 def make_search(

@@ -347,6 +347,7 @@ def connect(
     datastore: str = _DEFAULT,
     cache: PathType | None = None,
     faults: Mapping[str, Any] | None = None,
+    create: bool = True,
 ) -> DataStore:
     """Open a data store: one of AWS HealthImaging, or an embedded one in a folder.
 
@@ -366,6 +367,8 @@ def connect(
         Folder of the frame cache; else ``AHI_ML_CACHE``, else the user's cache folder.
     faults : mapping, optional
         Slows an embedded store down or makes it fail, for tests: ``{"latency_ms": 30}``.
+    create : bool
+        Whether a folder, and a data store in it, that is absent is made.
 
     Returns
     -------
@@ -397,6 +400,6 @@ def connect(
     if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
         raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
     folder = Path(os.path.realpath(Path(name).expanduser()))
-    store = DataStore(Target(None, folder, datastore, cache=cache_path), faults=faults)
+    store = DataStore(Target(None, folder, datastore, cache=cache_path), faults=faults, create=create)
     _ = store.client  # joins or starts the server now, so that errors come from here
     return store

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,8 @@ def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     In a process of its own: moto puts its hands into botocore when it is imported.
     """
     pytest.importorskip("flask_cors", reason="the server of moto needs flask and flask-cors: see the extra 'test'")
+    import s3fs
+
     log = tmp_path_factory.mktemp("moto") / "log"  # a line for every request: a pipe that nobody reads would fill
     with log.open("w") as messages:
         started = subprocess.Popen(
@@ -220,10 +223,28 @@ def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL_S3", url)
+        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps credentials; so do the instances of s3fs
+        s3fs.S3FileSystem.clear_instance_cache()
         yield url
+    s3fs.S3FileSystem.clear_instance_cache()
     started.stdin.close()
     started.wait(30)
     started.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def entry_points_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that shows, once it is on ``sys.path``, the entry points an installation of this checkout has."""
+    project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    folder = tmp_path_factory.mktemp("installed")
+    info = folder / "ahi_ml_of_this_checkout-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ahi-ml-of-this-checkout\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {"errors": set(), "types": set(), "_version": set()},
     {
         "config": {"platformdirs"},
+        "remote": {"fsspec"},
         "perprocess": set(),
         "geometry": set(),
         "pixels": set(),
@@ -30,7 +31,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm"}, "reader": set()},
     {"store": set()},
-    {"volume": {"xarray"}},
+    {"volume": {"xarray"}, "filesystem": {"fsspec"}},
     {"datasets": {"torch"}, "features": {"joblib", "pandas", "tqdm"}},
     {
         "display": {"matplotlib", "xarray"},

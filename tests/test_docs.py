@@ -38,7 +38,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_python_blocks_run(workplace: Path) -> None:
+def test_the_python_blocks_run(workplace: Path, entry_points_folder: Path) -> None:
     (workplace / "my_boto3_script.py").write_text(
         "import boto3\n"
         "client = boto3.client('medical-imaging')\n"
@@ -51,7 +51,9 @@ def test_the_python_blocks_run(workplace: Path) -> None:
     script += "\nassert report.imported == 12 and len(table) == 12 and table['error'].isna().all()"
     script += "\nassert volume.shape[1:] == (128, 128) and len(train) + len(val) == 12\n"
     script = script.replace('["python", ', "[sys.executable, ").replace("import os\n", "import os, sys\n", 1)
-    environment = {**os.environ, "AHI_ML_CACHE": str(workplace / "cache")}
+    script += "assert len(documents) == len(series) == len(index) == 12 and len(frames) == 1\n"
+    paths = os.pathsep.join(filter(None, [str(entry_points_folder), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "AHI_ML_CACHE": str(workplace / "cache"), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=workplace, env=environment, capture_output=True, text=True, timeout=200
     )

@@ -38,6 +38,7 @@ Profile = Annotated[str | None, typer.Option(help="AWS profile, for an id.")]
 EndpointUrl = Annotated[str | None, typer.Option(help="Endpoint of a running `ahi-ml serve`, for an id.")]
 Modality = Annotated[list[str] | None, typer.Option(help="Keep this modality; may be repeated.")]
 StudyDate = Annotated[str | None, typer.Option(help="YYYYMMDD, or first:last.")]
+IndexFile = Annotated[str, typer.Argument(help="Index file, or its URL.")]
 Everything = Annotated[bool, typer.Option("--all", help="Non-primary image sets too.")]
 
 
@@ -215,7 +216,7 @@ def search(
 @app.command()
 def index(
     target: Target,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="File to write, or a URL such as s3://bucket/ct.arrow.")],
     study_date: StudyDate = None,
     modality: Modality = None,
     everything: Everything = False,
@@ -227,16 +228,20 @@ def index(
 ) -> None:
     """Read the metadata of image sets into an index file, with its patient key beside it.
 
+    The key does not go to a URL: AHI_ML_PATIENT_KEY must hold one then.
+
     Example: ahi-ml index my-store --modality CT -o ct.arrow
     """
-    key = out.with_name(f"{out.name}.key")
+    from ahi_ml.index.secret import secret_for
+
+    secret = secret_for(out)
     with _open(target, region, profile, endpoint_url, quiet) as store:
         found = store.search(study_date=_dates(study_date), primary=None if everything else True)
         found = found.where(modality=modality) if modality else found
-        made = found.index(patient_key=key.read_bytes() if key.exists() else None)
+        made = found.index(patient_key=secret)
     made.save(out)
     summary = {
-        "path": str(out),
+        "path": out,
         "frames": len(made),
         "series": len(made.series),
         "snapshot_id": made.snapshot_id,
@@ -247,7 +252,7 @@ def index(
 
 @app.command()
 def split(
-    path: Annotated[Path, typer.Argument(help="Index file.")],
+    path: IndexFile,
     ratios: Annotated[list[str], typer.Argument(help="Such as train=0.8 val=0.2.")],
     by: Annotated[str, typer.Option(help="patient, study or series.")] = "patient",
     seed: int = 0,
@@ -267,8 +272,9 @@ def split(
         except ValueError:
             raise ConfigError(f"{ratio!r} is not NAME=SHARE") from None
     lines = []
+    stem, suffix = os.path.splitext(path)
     for name, part in DatasetIndex.load(path).split(shares, by=by, seed=seed).items():  # type: ignore[arg-type]
-        file = part.save(path.with_name(f"{path.stem}.{name}{path.suffix}"))
+        file = part.save(f"{stem}.{name}{suffix}")
         lines.append(
             {
                 "part": name,
@@ -311,7 +317,7 @@ def show(
 @app.command()
 def fetch(
     target: Target,
-    path: Annotated[Path, typer.Argument(help="Index file.")],
+    path: IndexFile,
     region: Region = None,
     profile: Profile = None,
     endpoint_url: EndpointUrl = None,
@@ -352,9 +358,9 @@ def _is_damage(error: BaseException) -> bool:
 @app.command()
 def features(
     target: Target,
-    path: Annotated[Path, typer.Argument(help="Index file.")],
+    path: IndexFile,
     function: Annotated[str, typer.Argument(help="module:function that takes a volume and returns a dict.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file to write.")] = Path("features.parquet"),
+    out: Annotated[str, typer.Option("--out", "-o", help="Parquet file to write, or its URL.")] = "features.parquet",
     by: Annotated[str, typer.Option(help="series or frame.")] = "series",
     jobs: Annotated[int, typer.Option(help="Processes; -1 is all cores.")] = 1,
     region: Region = None,
@@ -382,7 +388,7 @@ def features(
         table = extract_features(store, DatasetIndex.load(path), work, by=by, out=out, n_jobs=jobs)  # type: ignore[arg-type]
     failed = int(table["error"].notna().sum()) if len(table) else 0
     _print(
-        {"path": str(out), "rows": len(table), "failed": failed},
+        {"path": out, "rows": len(table), "failed": failed},
         as_json,
         lambda: f"{out}: {len(table)} rows, {failed} failed",
     )
@@ -396,16 +402,18 @@ def cache(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say how large the frame cache is, or clear it.
+    """Say how large the frame cache is, or clear it, with the copies of remote indexes.
 
     Example: ahi-ml cache --clear --yes
     """
     from ahi_ml.cache import FrameCache
-    from ahi_ml.config import cache_folder
+    from ahi_ml.config import cache_folder, index_folder
+    from ahi_ml.index.spill import clear_copies
 
     frames = FrameCache(cache_folder())
     if clear and (yes or typer.confirm(f"Delete every frame cached in {frames.folder}?", err=True)):
         frames.clear()
+        clear_copies(index_folder())
     count, size = frames.size()
     _print(
         {"folder": str(frames.folder), "frames": count, "bytes": size},

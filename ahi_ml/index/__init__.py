@@ -11,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ahi_ml.config import index_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import expression
 from ahi_ml.index.columns import FrameColumns
 from ahi_ml.index.profile import FrameProfile, FrameSource
-from ahi_ml.index.spill import spill_path
+from ahi_ml.index.secret import PatientSecret
+from ahi_ml.index.spill import local_copy, spill_path
 from ahi_ml.index.split import assign_groups, check_identifiers, connected_groups
-from ahi_ml.index.tables import Gatherer, Tables, private_file
+from ahi_ml.index.tables import Gatherer, Tables
+from ahi_ml.remote import RemoteFile, local_or_remote
 from ahi_ml.types import AnyArray, FloatArray, PathType
 
 if TYPE_CHECKING:
@@ -49,13 +52,15 @@ class DatasetIndex:
         path: Path | None = None,
         snapshot_id: str | None = None,
         patient_secret: bytes | None = None,
+        secret_kept: bool = True,
         notes: Sequence[str] = (),
     ) -> None:
         self._tables = tables
         self._rows = rows
         self._path = path
+        self._remote: RemoteFile | None = None
         self._snapshot_id = snapshot_id
-        self._patient_secret = patient_secret
+        self._secret = PatientSecret(patient_secret, secret_kept) if patient_secret is not None else None
         self._order = Tables.saved_order(path) if path is not None else None
         self.notes = tuple(notes)
         self._columns = FrameColumns(tables)
@@ -78,8 +83,8 @@ class DatasetIndex:
 
     def _take(self, rows: AnyArray) -> DatasetIndex:
         base = rows if self._rows is None else self._rows[rows]
-        selected = DatasetIndex(self._tables, rows=base, patient_secret=self._patient_secret, notes=self.notes)
-        selected._columns = self._columns
+        selected = DatasetIndex(self._tables, rows=base, notes=self.notes)
+        selected._columns, selected._secret = self._columns, self._secret
         return selected
 
     def __getitem__(self, key: slice | Sequence[int] | AnyArray) -> DatasetIndex:
@@ -301,61 +306,108 @@ class DatasetIndex:
             self._snapshot_id = self._columns.snapshot_id(self._numbers)
         return self._snapshot_id
 
-    def save(self, path: PathType) -> Path:
-        """Write the index to one Arrow file, and the patient key's secret to ``<path>.key``.
+    def save(self, path: PathType) -> Path | str:
+        """Write the index to one Arrow file, and on this machine the patient key's secret to ``<path>.key``.
 
         I/O: two files, mode 0600, written whole or not at all. What is not selected is not written.
         Keep the key file if later data must get the same patient keys; hand it to nobody with the index.
+        For an fsspec URL one upload, whole or not at all, and never the secret.
+
+        Parameters
+        ----------
+        path : path or str
+            Or an fsspec URL, such as ``s3://bucket/ct.arrow``; its bucket or folder exists.
 
         Returns
         -------
-        Path
-            Where the index lies.
+        Path or str
+            Where the index lies; a URL as it was given.
+
+        Raises
+        ------
+        ConfigError
+            A URL that cannot be used; or a secret that was made for this index and is kept nowhere yet.
+        OSError
+            The file cannot be written.
         """
-        path = Path(path).expanduser().absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._compact().save(path, snapshot_id=self.snapshot_id)
-        if self._patient_secret is not None:
-            with private_file(path.with_name(f"{path.name}.key")) as file:
-                file.write(self._patient_secret)
+        place = local_or_remote(path)
+        if isinstance(place, RemoteFile):
+            if self._secret is not None:
+                self._secret.check_kept(place)
+            with place.whole() as file:
+                self._compact().write(file, snapshot_id=self.snapshot_id)
+            return place.url
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self._compact().save(place, snapshot_id=self.snapshot_id)
+        if self._secret is not None:
+            self._secret.keep_beside(place)
         if self._rows is None:
-            self._path, self._order = path, Tables.saved_order(path)
-        return path
+            self._path, self._remote, self._order = place, None, Tables.saved_order(place)
+        return place
 
     def _compact(self) -> Tables:
         return self._tables if self._rows is None else self._tables.take(self._rows)
 
     @classmethod
     def load(cls, path: PathType) -> DatasetIndex:
-        """Open a saved index. I/O: maps the file; reads the key beside it if it is there.
+        """Open a saved index.
+
+        I/O: maps the file; reads the key beside it if it is there. A remote file is copied to this machine
+        first, into ``indexes`` of the cache folder, once for all processes: again only when it has changed.
+        No key is looked for there.
+
+        Parameters
+        ----------
+        path : path or str
+            As `save` takes it.
 
         Raises
         ------
         ConfigError
             No such file, or not an index this release reads.
+        OSError
+            A remote file cannot be reached.
         """
-        path = Path(path).expanduser().absolute()
-        tables, snapshot_id = Tables.load(path)
-        try:
-            secret = path.with_name(f"{path.name}.key").read_bytes()
-        except OSError:
-            secret = None
-        return cls(tables, path=path, snapshot_id=snapshot_id, patient_secret=secret)
+        place = local_or_remote(path)
+        if isinstance(place, RemoteFile):
+            return _loaded(place)
+        tables, snapshot_id = Tables.load(place)
+        loaded = cls(tables, path=place, snapshot_id=snapshot_id)
+        loaded._secret = PatientSecret.beside(place)
+        return loaded
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a path: other processes map the same file."""
-        if self._path is None or not self._path.exists():
+        """Pickle as a path: other processes map the same file. One from elsewhere finds its way back there."""
+        if self._path is None or not (self._path.exists() or self._remote):
             path = spill_path(self._tables)
             self._compact().save(path, snapshot_id=self.snapshot_id)
             self._path = path
             self._order = Tables.saved_order(path)
-        return _reopen, (self._path, self.notes, self._order or "")
+        return _reopen, (self._path, self.notes, self._order or "", self._remote)
 
 
-def _reopen(path: Path, notes: tuple[str, ...], expected: str) -> DatasetIndex:
-    tables, snapshot_id = Tables.load(path)
-    if Tables.saved_order(path) != expected:
+def _loaded(remote: RemoteFile) -> DatasetIndex:
+    path = local_copy(remote, index_folder())
+    try:
+        tables, snapshot_id = Tables.load(path)
+    except ConfigError as error:
+        path.unlink(missing_ok=True)  # a disk may have damaged the copy: the next attempt makes another
+        raise ConfigError(f"{remote}, copied here: {error}") from error
+    loaded = DatasetIndex(tables, path=path, snapshot_id=snapshot_id)
+    loaded._remote = remote
+    return loaded
+
+
+def _reopen(path: Path, notes: tuple[str, ...], expected: str, remote: RemoteFile | None = None) -> DatasetIndex:
+    if remote is not None and not path.exists():
+        loaded = _loaded(remote)
+    else:
+        tables, snapshot_id = Tables.load(path)
+        loaded = DatasetIndex(tables, path=path, snapshot_id=snapshot_id)
+        loaded._remote = remote
+    if loaded._order != expected:
         raise ConfigError(
-            f"{path} was overwritten with another index after this one was sent here: save under a new name"
+            f"{remote or path} was overwritten with another index after this one was sent here: save under a new name"
         )
-    return DatasetIndex(tables, path=path, snapshot_id=snapshot_id, notes=notes)
+    loaded.notes = notes
+    return loaded

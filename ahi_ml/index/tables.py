@@ -65,9 +65,14 @@ class Tables:
         return Tables(series, instances, profiles, planes, frames)
 
     def save(self, path: Path, *, snapshot_id: str) -> None:
-        """Write one Arrow IPC file: one row, one column a table, each a list of that table's rows.
+        """Write one file; see `write`. I/O: writes beside `path` and moves it there; mode 0600."""
+        with private_file(path) as file:
+            self.write(file, snapshot_id=snapshot_id)
 
-        I/O: writes beside `path` and moves it there; mode 0600.
+    def write(self, file: IO[bytes], *, snapshot_id: str) -> None:
+        """Write the tables as Arrow IPC: one row, one column a table, each a list of that table's rows.
+
+        I/O: writes to `file`.
         """
         columns, names = [], []
         for name in TABLES:
@@ -84,7 +89,7 @@ class Tables:
         }
         batch = pa.RecordBatch.from_arrays(columns, names=names)
         schema = batch.schema.with_metadata(metadata)
-        with private_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+        with pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(batch.replace_schema_metadata(metadata))
 
     @staticmethod

@@ -374,13 +374,13 @@ class TestTrouble:
         return replace(store.search(), client=lambda: client)
 
     def test_a_conflict_after_an_import_is_waited_out(self, store: DataStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ahi_ml.search._READY_WAIT_S", 0.01)
+        monkeypatch.setattr("ahi_ml.client.documents._WAIT_S", 0.01)
         client = _Answers(self.body, 2)
         assert len(self.search(store, client).index()) == 1
         assert client.asked == 3
 
     def test_a_conflict_that_stays_is_raised(self, store: DataStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ahi_ml.search._READY_WAIT_S", 0.0)
+        monkeypatch.setattr("ahi_ml.client.documents._WAIT_S", 0.0)
         with pytest.raises(ConflictError, match="a" * 32):
             self.search(store, _Answers(self.body, 10**9)).index()
 

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from ahi_ml.codec import HTJ2K_LOSSLESS_RPCL
 from ahi_ml.errors import MetadataError
 from ahi_ml.index import DatasetIndex, Gatherer
-from ahi_ml.metadata import PROFILE_COLUMNS, FrameRecord, SeriesRecord, parse_document, table_data, value_of
+from ahi_ml.metadata import (
+    PROFILE_COLUMNS,
+    FrameRecord,
+    SeriesRecord,
+    document_text,
+    frame_ids,
+    parse_document,
+    table_data,
+    value_of,
+)
 
 FRAME = "0123456789abcdef0123456789abcdef"
 
@@ -439,3 +448,26 @@ def gathered(records: list[SeriesRecord]) -> DatasetIndex:
     for record in records:
         gatherer.add(record, version_id="1", is_primary=True, patient_key=None)
     return DatasetIndex(gatherer.tables())
+
+
+class TestFrameIds:
+    def test_each_once_in_the_documents_order_whatever_else_is_wrong(self) -> None:
+        instances = {
+            "1.2.9": {"DICOM": {"Rows": "not a number"}, "ImageFrames": [{"ID": "b"}, {"ID": "a"}]},
+            "1.2.3": {"ImageFrames": None},
+            "1.2.1": {"ImageFrames": [{"ID": "c"}, {"ID": "a"}]},
+        }
+        text = json.dumps({"Study": {"Series": {"1.2": {"Instances": instances}, "1.3": {}}}}).encode()
+        assert frame_ids(text) == frame_ids(gzip.compress(text)) == ["b", "a", "c"]
+        assert document_text(gzip.compress(text)) == document_text(text) == text
+
+    @pytest.mark.parametrize(
+        "body", [b"", b"{}", b'{"Study": {"Series": {"1": {"Instances": {"2": {"ImageFrames": [{}]}}}}}}']
+    )
+    def test_no_document(self, body: bytes) -> None:
+        with pytest.raises(MetadataError, match="not an image set metadata document"):
+            frame_ids(body)
+
+    def test_a_damaged_one_cannot_be_unpacked(self) -> None:
+        with pytest.raises(MetadataError, match="not an image set metadata document"):
+            document_text(gzip.compress(b"{}")[:-6])

@@ -225,11 +225,16 @@ def encode_htj2k(image: AnyArray) -> bytes:
 
 
 def encode_j2k(image: AnyArray) -> bytes:
-    """Encode losslessly as JPEG 2000 part 1. I/O: none. Arguments as `encode_htj2k`."""
+    """Encode losslessly as JPEG 2000 part 1. I/O: none. Arguments as `encode_htj2k`.
+
+    Without the colour transform: OpenJPEG's guard bits do not hold the largest coefficients of colour
+    differences, so saturated edges would come back altered.
+    """
     return imagecodecs.jpeg2k_encode(  # type: ignore[no-any-return]
         image,
         reversible=True,
         codecformat="J2K",
+        mct=False,
         resolutions=_levels(image.shape[0], image.shape[1]) + 1,
     )
 

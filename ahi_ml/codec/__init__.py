@@ -2,17 +2,22 @@
 
 Floor 1; no I/O. Stored values are what pydicom's ``pixel_array(raw=True)`` gives: sign and depth
 as the DICOM attributes say, unused bits cleared, colour interleaved and not converted.
+
+``reduce=r`` gives the frame at ``1 / 2**r`` of its size: the low-pass band that a JPEG 2000 decoder
+returns when it leaves out `r` resolutions, clipped to the stored range. Its samples sit on samples
+0, 2**r, 2 * 2**r, ... of the full frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import imagecodecs
 import numpy as np
 
-from ahi_ml.codec import jpeg2000
+from ahi_ml.codec import jpeg2000, progressive, wavelet
+from ahi_ml.codec.pixelformat import PixelFormat
+from ahi_ml.codec.progressive import WHOLE, Prefix
 from ahi_ml.codec.syntaxes import (
     EXPLICIT_LE,
     HTJ2K_LOSSLESS_RPCL,
@@ -28,60 +33,23 @@ __all__ = [
     "HTJ2K_LOSSLESS_RPCL",
     "SYNTAXES",
     "PixelFormat",
+    "Prefix",
     "TransferSyntax",
     "crc32",
     "decode",
     "describe",
+    "levels",
     "pack_bits",
+    "prefix",
 ]
 
+_JPEG_2000 = ("htj2k", "j2k")
+# Reversible low-pass values are decoded as signed numbers of so many bits (Ssiz, T.800 A.5.1), whatever the
+# stream says: they overshoot the range of the pixels by nearly its width on either side, and would wrap.
+_HEADROOM_BITS = 24
+_HEADROOM = 0x80 | _HEADROOM_BITS - 1
+
 _EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with store.reader.fetch() and a video library"}
-
-
-@dataclass(frozen=True, slots=True)
-class PixelFormat:
-    """The Image Pixel attributes that fix the shape and type of a frame (PS3.3 C.7.6.3).
-
-    Parameters
-    ----------
-    rows, columns : int
-        Size of the frame.
-    samples : int
-        Samples per Pixel: 1, or 3 for colour.
-    bits_allocated : int
-        1, 8, 16 or 32.
-    bits_stored : int
-        Bits that carry the value.
-    signed : bool
-        Pixel Representation 1.
-    photometric : str
-        Photometric Interpretation.
-    """
-
-    rows: int
-    columns: int
-    samples: int = 1
-    bits_allocated: int = 16
-    bits_stored: int = 16
-    signed: bool = False
-    photometric: str = "MONOCHROME2"
-
-    @property
-    def dtype(self) -> np.dtype[np.integer]:
-        """The dtype of stored values; single bits unpack to uint8."""
-        size = max(self.bits_allocated, 8) // 8
-        return np.dtype(f"{'i' if self.signed and self.bits_allocated > 1 else 'u'}{size}")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(rows, columns)``, or ``(rows, columns, samples)`` for colour."""
-        plane = (self.rows, self.columns)
-        return plane if self.samples == 1 else (*plane, self.samples)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the decoded frame."""
-        return self.rows * self.columns * self.samples * self.dtype.itemsize
 
 
 def crc32(data: Buffer | AnyArray) -> int:
@@ -95,49 +63,201 @@ def crc32(data: Buffer | AnyArray) -> int:
     return int(imagecodecs.deflate_crc32(data))
 
 
-def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | None = None) -> AnyArray:
-    """Decode one frame to stored values.
+def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | None = None, reduce: int = 0) -> AnyArray:
+    """Decode one frame to stored values, at full or lower resolution.
+
+    A lower resolution is the low-pass band of the codestream's own wavelet, clipped to the stored
+    range (Bits Stored), never wrapped. Where the stream has too few levels, or none because it is no
+    JPEG 2000, the reversible 5/3 wavelet is continued on the pixels, so every level there is can be
+    had from every frame. Masks, label maps and palette indices are not blended: every ``2**reduce``-th
+    sample is taken.
 
     I/O: none; the work releases the GIL for HTJ2K, JPEG and JPEG-LS.
 
     Parameters
     ----------
     data : bytes-like
-        The encoded frame, complete. OpenJPH does not notice missing or damaged bytes: check
-        lengths and checksums outside.
+        The encoded frame, complete; with `reduce`, the prefix that `prefix` tells is enough.
+        OpenJPH does not notice missing or damaged bytes: check lengths and checksums outside.
+        With `reduce`, JPEG 2000 streams that end too early are noticed, damage is not.
     syntax : str
         Transfer syntax UID the frame is stored in.
     pixels : PixelFormat
-        Shape and type to deliver.
+        Shape and type of the full frame.
     out : ndarray, optional
-        ``pixels.shape`` and ``pixels.dtype``: decoded into and returned.
+        Shape and dtype of ``pixels.reduced(reduce)``: decoded into and returned.
+    reduce : int
+        Resolution levels to leave out.
 
     Returns
     -------
-    ndarray of ``pixels.shape`` and ``pixels.dtype``
+    ndarray of shape and dtype of ``pixels.reduced(reduce)``
 
     Raises
     ------
     UnsupportedTransferSyntaxError
         Video, or a syntax nobody here reads; the message names it.
     DecodeError
-        The bytes are damaged, or decode to another shape than `pixels` says.
+        The bytes are damaged or too few, or decode to another shape than `pixels` says.
+    ConfigError
+        `reduce` is negative.
     """
     known = SYNTAXES.get(syntax)
     decoder = _DECODERS.get(known.codec) if known else None
-    if decoder is None:
+    if known is None or decoder is None:
         hint = _EXTRA_HINTS.get(known.codec, "") if known else "no decoder knows this UID"
         raise UnsupportedTransferSyntaxError(f"cannot decode transfer syntax {describe(syntax)}: {hint}")
-    if out is not None and (out.shape != pixels.shape or out.dtype != pixels.dtype):
+    wanted = pixels.reduced(reduce) if reduce else pixels
+    if out is not None and (out.shape != wanted.shape or out.dtype != wanted.dtype):
         raise DecodeError(
-            f"the array to decode into is {out.dtype}{out.shape}, the frame is {pixels.dtype}{pixels.shape}"
+            f"the array to decode into is {out.dtype}{out.shape}, the frame is {wanted.dtype}{wanted.shape}"
         )
     try:
-        image = decoder(data, syntax, pixels, out)
+        if reduce and known.codec in _JPEG_2000:
+            low = _low_resolution(data, syntax, pixels, wanted, reduce) if pixels.blends else None
+            if low is not None:
+                return _settle(*low, wanted, out)
+            progressive.check_complete(data, jpeg2000.inspect(data))
+        image = decoder(data, syntax, pixels, None if reduce else out)
     except DecodeError:
         raise
     except Exception as error:  # the codecs raise errors of their own, some of them bare
         raise DecodeError(f"{describe(syntax)}: {error} ({len(data)} bytes)") from error
+    image = _match(image, pixels, syntax)
+    if reduce and pixels.blends:
+        differences = known.codec in _JPEG_2000 and _in_differences(jpeg2000.inspect(data))
+        return _settle(wavelet.low_pass(image, reduce, colour_transform=differences), 0, wanted, out)
+    if reduce:
+        image = np.ascontiguousarray(image[:: 1 << reduce, :: 1 << reduce])
+    if out is None or image is out:
+        return image
+    np.copyto(out, image)
+    return out
+
+
+def levels(data: Buffer, syntax: str, pixels: PixelFormat) -> int:
+    """How many resolution levels a frame's own stream offers: what costs less than decoding it all.
+
+    `decode` gives any level of any frame; beyond this number it continues the wavelet itself.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The encoded frame, or at least its main header.
+    syntax, pixels : str, PixelFormat
+        As for `decode`.
+
+    Returns
+    -------
+    int
+        0 for frames that are decoded whole and shrunk.
+
+    Raises
+    ------
+    DecodeError
+        The bytes are no JPEG 2000 stream although the syntax says so, or end inside its main header.
+    """
+    if not _may_be_cut(syntax, pixels):
+        return 0
+    info = jpeg2000.inspect(data)
+    return info.levels if _divisible(data, info, pixels) else 0
+
+
+def prefix(head: Buffer, syntax: str, pixels: PixelFormat, reduce: int) -> Prefix:
+    """How many bytes from the start of a frame `decode` needs for a resolution, exactly.
+
+    A reader asks with the bytes it has, and again with more while the answer is not ``known``.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    head : bytes-like
+        The frame's first bytes, as many as there are.
+    syntax, pixels, reduce : str, PixelFormat, int
+        As for `decode`.
+
+    Returns
+    -------
+    Prefix
+        Of bytes that are no JPEG 2000 stream, and of streams that cannot be cut, the whole frame: never an error.
+    """
+    if reduce <= 0 or not _may_be_cut(syntax, pixels):
+        return WHOLE
+    answer = progressive.prefix_of(head, reduce, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
+    if answer.known and answer.size is not None and not _divisible(head, jpeg2000.inspect(head), pixels):
+        return WHOLE
+    return answer
+
+
+def pack_bits(mask: AnyArray) -> bytes:
+    """Pack a frame of zeros and ones, first pixel in the lowest bit (PS3.5 8.1.1). I/O: none."""
+    return np.packbits(mask.reshape(-1) != 0, bitorder="little").tobytes()
+
+
+def _may_be_cut(syntax: str, pixels: PixelFormat) -> bool:
+    known = SYNTAXES.get(syntax)
+    return known is not None and known.codec in _JPEG_2000 and pixels.blends
+
+
+def _divisible(data: Buffer, info: jpeg2000.StreamInfo, pixels: PixelFormat) -> progressive.Layout | None:
+    """Layout of a stream whose low-pass band, as its decoder gives it, is that of the stored values."""
+    if (info.rows, info.columns, info.components) != (pixels.rows, pixels.columns, pixels.samples):
+        return None
+    if info.signed != pixels.signed:  # the bits are read with another sign: not what the wavelet has seen
+        return None
+    if info.precision > _HEADROOM_BITS - 2:  # no room for overshoot
+        return None
+    return progressive.layout_of(data, info)
+
+
+def _in_differences(info: jpeg2000.StreamInfo) -> bool:
+    """Whether the wavelet of a stream works on luminance and colour differences, exactly as `wavelet.low_pass` can."""
+    return info.reversible and info.colour_transform and info.components == 3
+
+
+def _low_resolution(
+    data: Buffer, syntax: str, pixels: PixelFormat, wanted: PixelFormat, reduce: int
+) -> tuple[AnyArray, int] | None:
+    """Low-pass band of a JPEG 2000 stream, not clipped, and what to add to it; None: decode it all."""
+    info = jpeg2000.inspect(data)
+    layout = _divisible(data, info, pixels)
+    skipped = min(reduce, info.levels)
+    stream = layout and progressive.smaller_stream(
+        data,
+        layout,
+        skipped,
+        depth=_HEADROOM if info.reversible else None,
+        one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL,
+    )
+    if not stream:
+        return None
+    image = jpeg2000.decode_stream(stream, info)
+    made = wanted if reduce == skipped else pixels.reduced(skipped)
+    if image.shape != made.shape:
+        image = _match_shape(image, made, syntax)
+    if reduce > skipped:
+        image = wavelet.low_pass(image, reduce - skipped, colour_transform=_in_differences(info))
+    if not info.reversible:  # of the stream's own depth, to which its decoder has clipped it
+        return image.astype(np.int32), 0
+    return image, 0 if info.signed else 1 << info.precision - 1
+
+
+def _settle(image: AnyArray, shift: int, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:
+    """Add `shift`, clip to the stored range, and write to `out`. The shift comes last: in fewer bits it is faster."""
+    low, high = pixels.stored_range
+    if out is None:
+        out = np.empty(pixels.shape, pixels.dtype)
+    image.clip(low - shift, high - shift, out=out, casting="unsafe")
+    if shift:
+        np.add(out, shift, out=out)
+    return out
+
+
+def _match(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
+    """Give a decoded frame the shape and dtype of the metadata, or say why it cannot have them."""
     if image.shape != pixels.shape:
         image = _match_shape(image, pixels, syntax)
     if image.dtype != pixels.dtype:
@@ -146,15 +266,7 @@ def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | No
             raise DecodeError(
                 f"{describe(syntax)}: the frame has values of {decoded.dtype} that {pixels.dtype} cannot hold"
             )
-    if out is None or image is out:
-        return image
-    np.copyto(out, image)
-    return out
-
-
-def pack_bits(mask: AnyArray) -> bytes:
-    """Pack a frame of zeros and ones, first pixel in the lowest bit (PS3.5 8.1.1). I/O: none."""
-    return np.packbits(mask.reshape(-1) != 0, bitorder="little").tobytes()
+    return image
 
 
 def _match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
@@ -187,8 +299,8 @@ def _jpeg2000(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | No
             f"the metadata says {pixels.shape}"
         )
     # The codec checks the size of `out` but not its sign, so only an exact match may decode into it.
-    direct = out is not None and info.signed == pixels.signed and _container(info.precision) == out.itemsize
-    image = jpeg2000.decode_stream(data, info, out=out if direct else None)
+    fits = out is not None and out.flags.c_contiguous and _container(info.precision) == out.itemsize
+    image = jpeg2000.decode_stream(data, info, out=out if fits and info.signed == pixels.signed else None)
     if info.signed != pixels.signed and pixels.samples == 1:
         return _extend_sign(image, info.precision, pixels)
     return image

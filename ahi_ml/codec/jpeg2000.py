@@ -51,6 +51,8 @@ class StreamInfo:
         Whether the block coder is that of T.814.
     reversible : bool
         Whether the 5/3 transform was used.
+    colour_transform : bool
+        Whether the first three components are luminance and colour differences.
     """
 
     offset: int
@@ -63,6 +65,7 @@ class StreamInfo:
     progression: int
     high_throughput: bool
     reversible: bool
+    colour_transform: bool
 
 
 def _codestream_offset(data: memoryview) -> int:
@@ -130,7 +133,7 @@ def inspect(data: Buffer) -> StreamInfo:
         while True:
             marker, length = struct.unpack_from(">HH", view, at)
             if marker == _COD:
-                progression = view[at + 5]
+                progression, colour = view[at + 5], view[at + 8]
                 levels, style, transform = view[at + 9], view[at + 12], view[at + 13]
                 break
             if marker == _SOT or marker < 0xFF00 or length < 2:
@@ -149,6 +152,7 @@ def inspect(data: Buffer) -> StreamInfo:
         progression=progression,
         high_throughput=bool(style & 0x40),
         reversible=transform == 1,
+        colour_transform=colour == 1,
     )
 
 
@@ -160,7 +164,7 @@ def decode_stream(data: Buffer, info: StreamInfo, *, out: AnyArray | None = None
     data : bytes-like
         The encoded frame.
     info : StreamInfo
-        What `inspect` said of it.
+        What `inspect` said of it, or of the stream it was made from.
     out : ndarray, optional
         Written to and returned when its shape and dtype are the stream's.
 
@@ -178,14 +182,15 @@ def decode_stream(data: Buffer, info: StreamInfo, *, out: AnyArray | None = None
     try:
         return coder(data, out=out)  # type: ignore[no-any-return]
     except Exception as first:
-        return _second_opinion(data, info, first)
+        return _second_opinion(data, first)
 
 
-def _second_opinion(data: Buffer, info: StreamInfo, first: Exception) -> AnyArray:
+def _second_opinion(data: Buffer, first: Exception) -> AnyArray:
     import openjpeg  # seldom needed
 
     try:
-        return np.asarray(openjpeg.decode(bytes(memoryview(data)[info.offset :]), 0))
+        view = memoryview(data)
+        return np.asarray(openjpeg.decode(bytes(view[_codestream_offset(view) :]), 0))
     except Exception as second:
         raise DecodeError(
             f"no decoder accepts this JPEG 2000 stream of {len(data)} bytes: {first}; {second}"
@@ -225,11 +230,16 @@ def encode_htj2k(image: AnyArray) -> bytes:
 
 
 def encode_j2k(image: AnyArray) -> bytes:
-    """Encode losslessly as JPEG 2000 part 1. I/O: none. Arguments as `encode_htj2k`."""
+    """Encode losslessly as JPEG 2000 part 1. I/O: none. Arguments as `encode_htj2k`.
+
+    Without the colour transform: OpenJPEG's guard bits do not hold the largest coefficients of colour
+    differences, so saturated edges would come back altered.
+    """
     return imagecodecs.jpeg2k_encode(  # type: ignore[no-any-return]
         image,
         reversible=True,
         codecformat="J2K",
+        mct=False,
         resolutions=_levels(image.shape[0], image.shape[1]) + 1,
     )
 

@@ -143,6 +143,18 @@ class TestRoundTrips:
             assert found.dtype == image.dtype
             assert np.array_equal(found, image)
 
+    @pytest.mark.parametrize("syntax", ENCODERS)
+    @pytest.mark.parametrize("dtype", DTYPES[:4])
+    def test_saturated_colour_edges(self, syntax: str, dtype: str) -> None:
+        """Opposite colours along the taps of the filter: the largest colour differences there are."""
+        limits = np.iinfo(dtype)
+        taps = np.array([0, 0, 1, 1, 1, 0, 0, 1])
+        edges = np.array([taps[row % 8] ^ taps[np.arange(91) % 8] for row in range(70)])
+        for first in (edges, 1 - edges):
+            image = np.stack([first, 1 - first, first], axis=2)
+            image = np.where(image, limits.max, limits.min).astype(dtype)
+            assert np.array_equal(codec.decode(ENCODERS[syntax](image), syntax, format_of(image)), image)
+
     def test_views_of_larger_arrays_are_encoded_as_they_look(self) -> None:
         whole = noise("i2", (90, 80))
         for view in (whole[::2, 5:70], whole.T, whole[::-1]):

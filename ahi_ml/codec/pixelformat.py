@@ -1,0 +1,89 @@
+"""What the Image Pixel attributes say of a frame: its shape, its type, its range, and those of its lower resolutions.
+
+Floor 1; no I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ahi_ml.errors import ConfigError
+
+__all__ = ["PixelFormat"]
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFormat:
+    """The Image Pixel attributes that fix the shape and type of a frame (PS3.3 C.7.6.3).
+
+    Parameters
+    ----------
+    rows, columns : int
+        Size of the frame.
+    samples : int
+        Samples per Pixel: 1, or 3 for colour.
+    bits_allocated : int
+        1, 8, 16 or 32.
+    bits_stored : int
+        Bits that carry the value.
+    signed : bool
+        Pixel Representation 1.
+    photometric : str
+        Photometric Interpretation.
+    labels : bool
+        Whether values are names (the segments of a label map), which a lower resolution must not blend.
+        Single bits and palette indices are so anyway.
+    """
+
+    rows: int
+    columns: int
+    samples: int = 1
+    bits_allocated: int = 16
+    bits_stored: int = 16
+    signed: bool = False
+    photometric: str = "MONOCHROME2"
+    labels: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[np.integer]:
+        """The dtype of stored values; single bits unpack to uint8."""
+        size = max(self.bits_allocated, 8) // 8
+        return np.dtype(f"{'i' if self.signed and self.bits_allocated > 1 else 'u'}{size}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(rows, columns)``, or ``(rows, columns, samples)`` for colour."""
+        plane = (self.rows, self.columns)
+        return plane if self.samples == 1 else (*plane, self.samples)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded frame."""
+        return self.rows * self.columns * self.samples * self.dtype.itemsize
+
+    @property
+    def stored_range(self) -> tuple[int, int]:
+        """Lowest and highest value of `bits_stored` bits, as far as the dtype holds them."""
+        bits = min(self.bits_stored, 8 * self.dtype.itemsize)
+        return (-(1 << bits - 1), (1 << bits - 1) - 1) if self.signed else (0, (1 << bits) - 1)
+
+    @property
+    def blends(self) -> bool:
+        """Whether a value between two values means something: not in masks, label maps and palette indices."""
+        return not self.labels and self.bits_stored > 1 and self.photometric != "PALETTE COLOR"
+
+    def reduced(self, reduce: int) -> PixelFormat:
+        """The format of the same frame `reduce` resolution levels lower: both sides halved each time, rounded up.
+
+        I/O: none.
+
+        Raises
+        ------
+        ConfigError
+            `reduce` is negative.
+        """
+        if reduce < 0:
+            raise ConfigError(f"reduce is a number of resolution levels, 0 or more, not {reduce}")
+        return replace(self, rows=-(-self.rows >> reduce), columns=-(-self.columns >> reduce))

@@ -11,6 +11,7 @@ from ahi_ml.cache.derived import DerivedTier
 from ahi_ml.cache.entries import CacheEntry, encoded_header, is_whole, parse_encoded
 from ahi_ml.cache.eviction import PART, STALE_S, remove
 from ahi_ml.cache.folder import CacheFolder
+from ahi_ml.cache.locks import Claims
 from ahi_ml.types import Buffer
 
 __all__ = ["FrameCache"]
@@ -32,6 +33,11 @@ class FrameCache:
 
     I/O: none until used.
 
+    Attributes
+    ----------
+    claims : Claims
+        Who downloads what, among all processes of this machine that share the folder.
+
     Raises
     ------
     ConfigError
@@ -42,13 +48,14 @@ class FrameCache:
         self.folder = folder
         self.max_bytes = max_bytes
         self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
+        self.claims = Claims(self._folder)
 
     def __repr__(self) -> str:
         stats = self._folder.stats()
         return f"<FrameCache {str(self.folder)!r}: {stats['hits']:,} hits, {stats['misses']:,} misses>"
 
     def name(self, datastore_id: str, frame_id: str) -> str:
-        """Return the opaque name of a frame. I/O: none."""
+        """Return the opaque name of a frame, for `claims`. I/O: none."""
         return hashlib.blake2b(f"{datastore_id}\0{frame_id}".encode(), digest_size=16).hexdigest()
 
     def _path(self, datastore_id: str, frame_id: str) -> str:

@@ -17,7 +17,6 @@ import threading
 from dataclasses import dataclass, field
 
 from ahi_ml.cache.folder import CacheFolder
-from ahi_ml.errors import CacheError
 from ahi_ml.perprocess import PerProcess
 
 if sys.platform == "win32":
@@ -159,8 +158,6 @@ class Claims:
             if file.descriptor is None:
                 file.descriptor = self._open()
             _lock(file.descriptor, stripe)
-        except CacheError:
-            raise
         except OSError as error:
             if file.descriptor is not None and error.errno in _HELD_ELSEWHERE:
                 return False

@@ -20,7 +20,7 @@ import pytest
 
 from ahi_ml.cache import FrameCache, locks
 
-NAME, OTHER = "0123abcd" * 4, "0123abce" * 4
+NAME, OTHER, THIRD = "0123abcd" * 4, "0123abce" * 4, "0123abcf" * 4
 SAME_STRIPE = NAME[:8] + "f" * 24
 
 HOLDER = """
@@ -155,21 +155,28 @@ def test_a_forked_worker_does_not_keep_its_dead_parents_claims(cache: FrameCache
         process.communicate()
 
 
-def _try(cache: FrameCache, queue: Any) -> None:
+def _try(cache: FrameCache, queue: Any, released: Any) -> None:
     queue.put([cache.claims.try_claim(NAME), cache.claims.try_claim(OTHER)])
     cache.claims.release(NAME)  # not its own
     queue.put(cache.claims.try_claim(NAME))
+    cache.claims.release(OTHER)
+    released.wait(30)
+    queue.put(cache.claims.try_claim(THIRD))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_inherits_no_claims_and_its_end_takes_none(cache: FrameCache, holder: Callable[..., Process]) -> None:
     assert cache.claims.try_claim(NAME)
+    assert cache.claims.try_claim(THIRD)
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_try, args=(cache, queue))
+    queue, released = context.Queue(), context.Event()
+    process = context.Process(target=_try, args=(cache, queue, released))
     process.start()
     assert queue.get(timeout=30) == [False, True]
     assert queue.get(timeout=30) is False
+    cache.claims.release(THIRD)
+    released.set()
+    assert queue.get(timeout=30) is True, "the child thinks it has what its parent had"
     process.join(30)  # closes its copy of the descriptor
     probe = [sys.executable, "-c", HOLDER, str(cache.folder), NAME]
     assert subprocess.run(probe, capture_output=True, check=False).returncode != 0, "the parent lost its claim"

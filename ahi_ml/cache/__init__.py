@@ -5,7 +5,8 @@ holds its length and CRC, so one torn by a power cut is noticed and dropped. The
 convenience: a full disk or a read-only folder costs one warning, never a run.
 
 `frames` is what callers see, `derived` the tier of results, `entries` the headers, `folder` the place both
-share and `eviction` its bound; `recipe` says what may be kept, `locks` who downloads.
+share and `eviction` its bound; `recipe` says what may be kept, `locks` who downloads, `remote` keeps frames
+in an object store as well.
 """
 
 from ahi_ml.cache.derived import DerivedTier

@@ -57,6 +57,8 @@ class CacheStats:
         Entries this process removed to stay below the bound.
     derived_hits, derived_misses : int
         Results asked for that were there, and that were not.
+    remote_hits : int
+        Of the hits, those that the remote tier gave.
     """
 
     hits: int = 0
@@ -67,6 +69,7 @@ class CacheStats:
     evictions: int = 0
     derived_hits: int = 0
     derived_misses: int = 0
+    remote_hits: int = 0
 
 
 @dataclass(slots=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
 from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, make_s3_client, translated
-from ahi_ml.config import cache_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
 from ahi_ml.imports.staging import JobLimits
@@ -46,15 +45,15 @@ class Target:
         Data store of that folder.
     service : Service
         Region, profile and endpoint.
-    cache : Path or None
-        Folder given for the cache.
+    cache : str or None
+        Folder or URL given for the cache.
     """
 
     datastore_id: str | None
     folder: Path | None
     name: str = _DEFAULT
     service: Service = field(default_factory=Service)
-    cache: Path | None = None
+    cache: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ class DataStore:
         self._create = create
         self._sessions = PerProcess(self._open)
         self.progress: bool | None = None
-        self.cache = FrameCache(cache_folder(target.cache))
+        self.cache = FrameCache.at(target.cache)
 
     def __repr__(self) -> str:
         target = self._target
@@ -363,8 +362,9 @@ def connect(
         As boto3 takes them, for an id. ``endpoint_url`` reaches a running ``ahi-ml serve``.
     datastore : str
         Which data store of a folder; made when absent.
-    cache : path, optional
-        Folder of the frame cache; else ``AHI_ML_CACHE``, else the user's cache folder.
+    cache : path or str, optional
+        Folder of the frame cache; else ``AHI_ML_CACHE``, else the user's cache folder. A URL such as
+        ``s3://bucket/prefix`` keeps frames there as well as in the folder.
     faults : mapping, optional
         Slows an embedded store down or makes it fail, for tests: ``{"latency_ms": 30}``.
     create : bool
@@ -383,11 +383,11 @@ def connect(
         The embedded store's server does not start.
     """
     name = os.fspath(target)
-    cache_path = Path(cache).expanduser() if cache is not None else None
+    cache_place = os.fspath(cache) if cache is not None else None
     if isinstance(target, str) and _ID.fullmatch(name):
         if faults or datastore != _DEFAULT:
             raise ConfigError("faults and datastore are options of embedded stores, and this target is a data store id")
-        return DataStore(Target(name, None, service=Service(region, profile, endpoint_url), cache=cache_path))
+        return DataStore(Target(name, None, service=Service(region, profile, endpoint_url), cache=cache_place))
     if isinstance(target, str) and _LIKE_AN_ID.fullmatch(name) and not os.path.isdir(name):
         raise ConfigError(
             f"{name!r} looks like a mistyped data store id ({len(name)} characters; ids have 32 of 0-9 and a-z). "
@@ -400,6 +400,6 @@ def connect(
     if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
         raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
     folder = Path(os.path.realpath(Path(name).expanduser()))
-    store = DataStore(Target(None, folder, datastore, cache=cache_path), faults=faults, create=create)
+    store = DataStore(Target(None, folder, datastore, cache=cache_place), faults=faults, create=create)
     _ = store.client  # joins or starts the server now, so that errors come from here
     return store

@@ -26,7 +26,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "metadata": set(),
         "index": {"pyarrow", "pandas"},
-        "cache": set(),
+        "cache": {"fsspec"},
         "client": {"boto3", "botocore", "pycurl"},
     },
     {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm"}, "reader": set()},

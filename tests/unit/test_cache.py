@@ -38,6 +38,11 @@ def only_file(cache: FrameCache) -> Path:
     return path
 
 
+def counts(cache: FrameCache) -> dict[str, int]:
+    """The counts that are not nought."""
+    return {name: count for name, count in cache.stats().items() if count}
+
+
 def get(cache: FrameCache, frame: str = FRAME) -> CacheEntry:
     entry = cache.get(STORE, frame)
     assert entry is not None
@@ -53,7 +58,7 @@ class TestEntries:
         entry = get(cache)
         assert bytes(entry.data) == data
         assert entry.verified is verified
-        assert cache.stats() == {"hits": 1, "misses": 1, "writes": 1, "corrupt": 0, "evictions": 0}
+        assert counts(cache) == {"hits": 1, "misses": 1, "writes": 1} | ({"bytes": len(data)} if data else {})
         assert cache.size() == (1, HEADER + len(data))
 
     def test_any_buffer_may_be_stored(self, cache: FrameCache) -> None:
@@ -96,8 +101,7 @@ class TestEntries:
     def test_clear(self, cache: FrameCache) -> None:
         for number in range(5):
             cache.put(STORE, str(number), DATA, verified=True)
-        temporary = cache.folder / "frames" / "ab"
-        temporary.mkdir(exist_ok=True)
+        temporary = cache.folder / "parts"
         (temporary / "young.1.2.part").write_bytes(b"x")
         (temporary / "old.1.2.part").write_bytes(b"x")
         os.utime(temporary / "old.1.2.part", (0, 0))
@@ -160,7 +164,7 @@ class TestDamage:
         path = only_file(cache)
         path.write_bytes(path.read_bytes()[:size])
         assert cache.get(STORE, FRAME) is None
-        assert cache.stats() == {"hits": 0, "misses": 1, "writes": 1, "corrupt": 1, "evictions": 0}
+        assert counts(cache) == {"misses": 1, "writes": 1, "corrupt": 1}
         assert not path.exists()
         cache.put(STORE, FRAME, DATA, verified=True)
         assert get(cache).data == DATA
@@ -266,12 +270,12 @@ class TestTrouble:
             "cache.put('d', 'large', bytes(400_000), verified=True)\n"
             "assert cache.get('d', 'large') is None\n"
             "assert cache.get('d', 'small') is not None\n"
-            "print(cache.stats())\n"
+            "print(*[cache.stats()[name] for name in ('hits', 'misses', 'writes')])\n"
         )
         run = subprocess.run(
             [sys.executable, "-c", code, str(cache.folder)], capture_output=True, text=True, check=True
         )
-        assert run.stdout.strip() == str({"hits": 1, "misses": 1, "writes": 1, "corrupt": 0, "evictions": 0})
+        assert run.stdout.strip() == "1 1 1"
         assert run.stderr.count("is not used from here on") == 1
         assert cache.size()[0] == 1
 
@@ -292,7 +296,7 @@ class TestProcesses:
         assert len(data) < 1000
         again = pickle.loads(data)
         assert again.folder == cache.folder
-        assert again.stats() == {"hits": 0, "misses": 0, "writes": 0, "corrupt": 0, "evictions": 0}
+        assert counts(again) == {}
         assert get(again).data == DATA
 
     @pytest.mark.parametrize("method", ["spawn", "fork"])

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ahi_ml import cache as cache_module
-from ahi_ml.cache import FrameCache
+from ahi_ml.cache import FrameCache, folder
 from ahi_ml.errors import ConfigError
 
 STORE = "0" * 32
@@ -53,13 +52,11 @@ def test_what_was_read_lately_stays(tmp_path: Path) -> None:
 
 
 def test_large_caches_are_bounded_folder_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_WHOLE_BELOW", 0)
-    monkeypatch.setattr(cache_module, "_FOLDERS", 256)
+    monkeypatch.setattr(folder, "_WHOLE_BELOW", 0)
+    monkeypatch.setattr(folder, "_FOLDERS", 256)
     cache = FrameCache(tmp_path / "cache", max_bytes=256 * 3_300)
     fill(cache, 0, 3_000)
-    per_folder = [
-        sum(path.stat().st_size for path in folder.iterdir()) for folder in (tmp_path / "cache/frames").iterdir()
-    ]
+    per_folder = [sum(path.stat().st_size for path in each.iterdir()) for each in (tmp_path / "cache/frames").iterdir()]
     assert max(per_folder) <= 3_300 + 1_100
     assert cache.stats()["evictions"] > 1_000
 

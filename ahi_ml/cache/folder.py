@@ -1,0 +1,284 @@
+"""The folder that every tier of a cache shares: its places, privacy, writes, bound and counts.
+
+It is bounded without any shared account, which a crash could falsify: names are hashes, so each of the
+256 folders holds its share, and whoever has written a part of a folder's share looks at that folder and
+removes what was used longest ago. (Small caches are looked at whole: their shares would be too few entries.)
+The first look of a process comes after a random part of that, so that many short runs look as often as a long one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
+from ahi_ml.errors import CacheError, ConfigError
+from ahi_ml.perprocess import PerProcess
+from ahi_ml.types import Buffer
+
+__all__ = ["CacheFolder", "CacheStats", "FolderState"]
+
+_LOG = logging.getLogger(__name__)
+_MOST_BYTES = 50 * 10**9
+_FOLDERS = 256
+_WHOLE_BELOW = 4 * 10**9  # bytes: a listing of such a cache takes a fraction of a second
+_LOOK_AFTER = 1 / 32  # of a share written by one process
+_ABOVE = 15 / 16  # of a share: two processes that have not looked yet stay below the bound
+_DOWN_TO = 0.9
+_TOUCH_AFTER_S = 60.0
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counts since the cache was opened in this process.
+
+    Parameters
+    ----------
+    hits, misses : int
+        Encoded frames asked for that were there, and that were not.
+    bytes : int
+        Read from entries of either tier, headers excluded.
+    writes : int
+        Entries of either tier written.
+    corrupt : int
+        Damaged entries, dropped.
+    evictions : int
+        Entries this process removed to stay below the bound.
+    derived_hits, derived_misses : int
+        Results asked for that were there, and that were not.
+    remote_hits : int
+        Of the hits, those that the remote tier gave.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0
+    writes: int = 0
+    corrupt: int = 0
+    evictions: int = 0
+    derived_hits: int = 0
+    derived_misses: int = 0
+    remote_hits: int = 0
+
+
+@dataclass(slots=True)
+class FolderState:
+    """What one process knows of a cache folder."""
+
+    stats: CacheStats = field(default_factory=CacheStats)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    random: random.Random = field(default_factory=random.Random)
+    disabled: bool = False
+    ready: bool = False
+    private: bool = False
+    most_bytes: int = 0
+    until_look: dict[str, float] = field(default_factory=dict)
+
+
+class CacheFolder:
+    """Where the entries of a cache lie.
+
+    Parameters
+    ----------
+    path : Path
+        Made on first write.
+    max_bytes : int, optional
+        Bound of its size; see `FrameCache`.
+    private : bool
+        Whether to refuse a folder that others can look into.
+
+    I/O: none until used.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int | None = None, private: bool = True) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ConfigError(f"max_bytes must be positive, not {max_bytes}; cache=None reads without a cache")
+        self.path = path
+        self.max_bytes = max_bytes
+        self.private = private
+        self.entries = f"{path}{os.sep}frames{os.sep}"
+        self._parts = f"{path}{os.sep}parts"
+        self.file_mode, self._folder_mode = (0o600, 0o700) if private else (0o666, 0o777)
+        self._state = PerProcess(FolderState)
+
+    def __reduce__(self) -> tuple[Callable[..., CacheFolder], tuple[Path]]:
+        return partial(CacheFolder, max_bytes=self.max_bytes, private=self.private), (self.path,)
+
+    def state(self) -> FolderState:
+        """Return what this process knows of the folder. I/O: none."""
+        return self._state.get()
+
+    def place(self, name: str) -> str:
+        """Return the path of an entry. I/O: none."""
+        return f"{self.entries}{name[:2]}{os.sep}{name[2:]}"
+
+    def count(self, **counts: int) -> None:
+        """Add to the counts of this process. I/O: none."""
+        state = self._state.get()
+        with state.lock:
+            for name, count in counts.items():
+                setattr(state.stats, name, getattr(state.stats, name) + count)
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of this process; see `CacheStats`. I/O: none."""
+        state = self._state.get()
+        with state.lock:
+            return asdict(state.stats)
+
+    def check_private(self) -> None:
+        """Refuse a folder that others can look into, or plant images in.
+
+        I/O: one stat, the first time.
+
+        Raises
+        ------
+        CacheError
+            Others can; unless the cache was made with ``private=False``.
+        OSError
+            The folder cannot be looked at.
+        """
+        state = self._state.get()
+        if state.private:
+            return
+        status = self.path.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(self.path))
+        mode = status.st_mode & 0o077
+        if mode and self.private and os.name == "posix":
+            raise CacheError(
+                f"the cache folder {self.path} can be read by other users (mode {mode:o}): it would show them "
+                "images. Make it private (chmod 700), name another with AHI_ML_CACHE, or say FrameCache(..., "
+                "private=False) if they may see them"
+            )
+        state.private = True
+
+    def prepare(self) -> None:
+        """Make the folder, settle its bound and sweep what killed writers left.
+
+        I/O: once a process, a few calls. Raises what `check_private` raises.
+        """
+        state = self._state.get()
+        if state.ready:
+            return
+        self.path.mkdir(mode=self._folder_mode, parents=True, exist_ok=True)
+        self.check_private()
+        os.makedirs(self._parts, mode=self._folder_mode, exist_ok=True)
+        now = time.time()
+        for found in found_in(self._parts):
+            if now - found.used > STALE_S:
+                remove(found.path)
+        # Of what is free and what the cache holds already: its bound must not shrink as it grows.
+        held = _FOLDERS * sum(found.size for found in found_in(f"{self.entries}00"))
+        state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
+        state.ready = True
+
+    def write(self, name: str, header: bytes, payload: Buffer) -> bool:
+        """Put an entry in its place, whole or not at all.
+
+        I/O: one file, moved; now and then a listing and removals. When the disk refuses, one warning and no
+        more writes in this process.
+
+        Returns
+        -------
+        bool
+            Whether it is there.
+        """
+        if self._state.get().disabled:
+            return False
+        path = self.place(name)
+        # Beside the entries, not among them: sweeping looks at one small folder.
+        part = f"{self._parts}{os.sep}{name}.{os.getpid()}.{threading.get_ident()}{PART}"
+        try:
+            self.prepare()
+            try:
+                self._write(part, path, header, payload)
+            except FileNotFoundError:  # the first of its folder, or somebody deleted everything
+                os.makedirs(self._parts, mode=self._folder_mode, exist_ok=True)
+                os.makedirs(os.path.dirname(path), mode=self._folder_mode, exist_ok=True)
+                self._write(part, path, header, payload)
+        except OSError as error:
+            if not (os.name == "nt" and isinstance(error, PermissionError)):  # there, somebody reads the old one
+                self.disable(error)
+            return False
+        self.count(writes=1)
+        self._look_after(name[:2], len(header) + memoryview(payload).nbytes)
+        return True
+
+    def _write(self, part: str, path: str, header: bytes, payload: Buffer) -> None:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), self.file_mode)
+        try:
+            with open(descriptor, "wb") as file:  # buffered: a raw write may stop short of a full disk's end
+                file.write(header)
+                file.write(payload)
+            os.replace(part, path)
+        except BaseException:
+            remove(part)
+            raise
+
+    def _look_after(self, folder: str, size: int) -> None:
+        """Evict once enough was written to a folder."""
+        state = self._state.get()
+        whole = state.most_bytes < _WHOLE_BELOW
+        group = "all" if whole else folder
+        share = state.most_bytes if whole else state.most_bytes // _FOLDERS
+        with state.lock:
+            left = state.until_look.get(group)
+            if left is None:
+                left = share * _LOOK_AFTER * state.random.random()
+            left -= size
+            look = left <= 0
+            state.until_look[group] = share * _LOOK_AFTER if look else left
+        if look:
+            try:
+                folders = self._folders() if whole else [f"{self.entries}{folder}"]
+                removed = evict(folders, above=int(share * _ABOVE), down_to=int(share * _DOWN_TO), now=time.time())
+            except OSError as error:  # the disk is gone: the next write says so
+                _LOG.debug("eviction stopped: %s", error)
+            else:
+                self.count(evictions=removed)
+
+    def _folders(self) -> list[str]:
+        try:
+            return [f"{self.entries}{name}" for name in os.listdir(self.entries)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def touch(self, path: str, used: float) -> None:
+        """Note that an entry is used. I/O: one write of its time, at most once a minute."""
+        if time.time() - used > _TOUCH_AFTER_S:
+            with suppress(OSError):  # a read-only folder, or an eviction just now: the bytes are good
+                os.utime(path)
+
+    def disable(self, error: OSError) -> None:
+        """Write no more in this process; warn the first time. I/O: none."""
+        state = self._state.get()
+        with state.lock:
+            if state.disabled:
+                return
+            state.disabled = True
+        _LOG.warning("the frame cache %s is not used from here on: %s", self.path, error)
+
+    def drop(self, path: str) -> None:
+        """Delete an entry, if it is there. I/O: removes one file."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.disable(error)
+
+    def files(self) -> Iterator[Found]:
+        """Yield whole entries and unfinished files, whose names end in `PART`. I/O: lists the folder."""
+        for folder in [*self._folders(), self._parts]:
+            yield from found_in(folder)

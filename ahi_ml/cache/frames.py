@@ -1,0 +1,254 @@
+"""`FrameCache`: what readers, data stores and command lines see of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ahi_ml.cache.derived import DerivedTier
+from ahi_ml.cache.entries import CacheEntry, encoded_header, is_whole, parse_encoded
+from ahi_ml.cache.eviction import PART, STALE_S, remove
+from ahi_ml.cache.folder import CacheFolder
+from ahi_ml.cache.locks import Claims
+from ahi_ml.cache.remote import RemoteTier
+from ahi_ml.config import cache_places
+from ahi_ml.types import Buffer, PathType
+
+__all__ = ["FrameCache"]
+
+
+class FrameCache:
+    """Encoded frames and results derived from them under one folder, shared by threads and processes.
+
+    Parameters
+    ----------
+    folder : Path
+        Made on first write, private to the user.
+    max_bytes : int, optional
+        Bound of its size, for all tiers together: by default 50 GB, or half of what is free on the disk if that
+        is less. Before it is passed, entries used longest ago go, until a tenth is free. More than two processes
+        that fill it at once may pass it for a moment, by a 32nd each.
+    private : bool
+        Whether to refuse a folder that other users can look into. With False, what is written follows the umask.
+    remote : str, optional
+        A URL that fsspec knows, such as ``s3://bucket/prefix``, where encoded frames are kept too: looked up after
+        the folder, written beside it in the background. Results derived from them stay local.
+    remote_options : mapping, optional
+        For its file system, as in ``fsspec.open``. They are pickled: leave credentials to the environment.
+
+    I/O: none until used.
+
+    Attributes
+    ----------
+    claims : Claims
+        Who downloads what, among all processes of this machine that share the folder.
+
+    Raises
+    ------
+    ConfigError
+        A bound that is not positive, or a remote that is no URL. On first use: a URL nobody here can open.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int | None = None,
+        private: bool = True,
+        remote: str | None = None,
+        remote_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
+        self.claims = Claims(self._folder)
+        self._remote = RemoteTier(remote, remote_options) if remote is not None else None
+
+    @classmethod
+    def at(cls, place: PathType | None = None) -> FrameCache:
+        """Return the cache at a folder, or at a URL with the usual folder before it.
+
+        I/O: none.
+
+        Parameters
+        ----------
+        place : path or str, optional
+            ``AHI_ML_CACHE`` by default, else the user's cache folder; see `config.cache_places`.
+        """
+        folder, remote = cache_places(place)
+        return cls(folder, remote=remote)
+
+    def __repr__(self) -> str:
+        stats = self._folder.stats()
+        place = f"{str(self.folder)!r}{f' and {self._remote.url}' if self._remote else ''}"
+        return f"<FrameCache {place}: {stats['hits']:,} hits, {stats['misses']:,} misses>"
+
+    def name(self, datastore_id: str, frame_id: str) -> str:
+        """Return the opaque name of a frame, for `claims`. I/O: none."""
+        return hashlib.blake2b(f"{datastore_id}\0{frame_id}".encode(), digest_size=16).hexdigest()
+
+    def _path(self, datastore_id: str, frame_id: str) -> str:
+        return self._folder.place(self.name(datastore_id, frame_id))
+
+    def derived(self, datastore_id: str, recipe: str) -> DerivedTier:
+        """Return the tier of results of one recipe; see `DerivedTier`. Made once a dataset. I/O: none."""
+        return DerivedTier(self._folder, datastore_id, recipe)
+
+    def get(self, datastore_id: str, frame_id: str) -> CacheEntry | None:
+        """The cached frame, or None.
+
+        I/O: one file; a damaged one is deleted and counted. When there is none, one request to the remote tier, if
+        there is one; what it gives is kept in the folder as well. Every byte is checked: a decoder would not
+        notice, and the check takes a hundredth of the decoding.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        folder = self._folder
+        name = self.name(datastore_id, frame_id)
+        path = folder.place(name)
+        try:
+            folder.check_private()
+            with open(path, "rb", buffering=0) as file:
+                raw = file.read()
+                used = os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return self._from_remote(name)
+        except OSError as error:
+            folder.disable(error)
+            return self._from_remote(name)
+        entry = parse_encoded(raw)
+        if entry is None:
+            folder.drop(path)
+            folder.count(corrupt=1)
+            return self._from_remote(name)
+        folder.touch(path, used)
+        folder.count(hits=1, bytes=len(entry.data))
+        return entry
+
+    def _from_remote(self, name: str) -> CacheEntry | None:
+        raw = self._remote.get(name) if self._remote is not None else None
+        entry = self._accept(name, raw) if raw is not None else None
+        if entry is None:
+            self._folder.count(misses=1)
+        else:
+            self._folder.count(hits=1, remote_hits=1, bytes=len(entry.data))
+        return entry
+
+    def _accept(self, name: str, raw: bytes) -> CacheEntry | None:
+        """Check what the remote tier gave and keep it in the folder. Damaged, it is replaced by whoever fetches it."""
+        entry = parse_encoded(raw)
+        if entry is None:
+            self._folder.count(corrupt=1)
+        else:
+            self._folder.write(name, raw[: len(raw) - len(entry.data)], entry.data)
+        return entry
+
+    def bring(self, datastore_id: str, frame_ids: Sequence[str]) -> int:
+        """Copy frames that only the remote tier has into the folder, many at once.
+
+        I/O: one look at the disk and at most one request a frame; nothing without a remote tier. A `get` of each
+        would ask for one at a time.
+
+        Returns
+        -------
+        int
+            How many came.
+        """
+        if self._remote is None:
+            return 0
+        names = [self.name(datastore_id, frame_id) for frame_id in dict.fromkeys(frame_ids)]
+        absent = [name for name in names if not os.path.exists(self._folder.place(name))]
+        return sum(self._accept(name, raw) is not None for name, raw in self._remote.get_many(absent))
+
+    def flush(self) -> None:
+        """Wait until what was put is in the remote tier as well, or was given up. I/O: requests under way."""
+        if self._remote is not None:
+            self._remote.flush()
+
+    def put(self, datastore_id: str, frame_id: str, data: Buffer, *, verified: bool) -> None:
+        """Store a frame.
+
+        I/O: one file; when the disk refuses, one warning and no more writes from then on. Now and then a listing
+        and removals, to stay below the bound. With a remote tier, one request in the background.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        name, header = self.name(datastore_id, frame_id), encoded_header(data, verified=verified)
+        self._folder.write(name, header, data)
+        if self._remote is not None:
+            self._remote.put(name, b"".join((header, data)))
+
+    def drop(self, datastore_id: str, frame_id: str) -> None:
+        """Forget a frame in the folder, if it is there. I/O: removes one file.
+
+        The remote tier keeps it until the frame is put again: what was wrong here may be right there.
+        """
+        self._folder.drop(self._path(datastore_id, frame_id))
+
+    def stats(self) -> dict[str, int]:
+        """Counts of this process, see `CacheStats`. I/O: none."""
+        return self._folder.stats()
+
+    def size(self) -> tuple[int, int]:
+        """Number and bytes of the entries in the folder. I/O: lists the folder."""
+        sizes = [found.size for found in self._folder.files() if not found.path.endswith(PART)]
+        return len(sizes), sum(sizes)
+
+    def clear(self, *, older_than_s: float = 0.0) -> int:
+        """Delete entries in the folder not used for a while, and abandoned temporary files; return how many.
+
+        I/O: lists the folder, removes files.
+        """
+        now = time.time()
+        removed = 0
+        for found in self._folder.files():
+            age = STALE_S if found.path.endswith(PART) else older_than_s
+            if now - found.used >= age:
+                removed += remove(found.path)
+        return removed
+
+    def verify(self) -> dict[str, int]:
+        """Read every entry in the folder and delete the damaged ones.
+
+        I/O: reads the whole cache, one entry at a time; what is used longest ago does not change.
+
+        Returns
+        -------
+        dict
+            ``entries`` and ``bytes`` looked at, ``corrupt`` of them deleted, ``unreadable`` ones left alone.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        counts = dict.fromkeys(("entries", "bytes", "corrupt", "unreadable"), 0)
+        for found in self._folder.files():
+            if found.path.endswith(PART):
+                continue
+            self._folder.check_private()
+            try:
+                with open(found.path, "rb", buffering=0) as file:
+                    raw = file.read()
+            except FileNotFoundError:  # evicted just now
+                continue
+            except OSError:
+                counts["unreadable"] += 1
+                continue
+            counts["entries"] += 1
+            counts["bytes"] += len(raw)
+            if not is_whole(raw):
+                counts["corrupt"] += remove(found.path)
+        if counts["corrupt"]:
+            self._folder.count(corrupt=counts["corrupt"])
+        return counts

@@ -8,6 +8,7 @@ whoever submits does.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ahi_ml.cache import FrameCache
+from ahi_ml.cache import DerivedTier, Flights, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
 from ahi_ml.codec import crc32, decode
 from ahi_ml.config import decode_threads
@@ -152,13 +153,15 @@ class Batch:
 class _Task:
     """One frame on its way."""
 
-    __slots__ = ("batch", "fetches", "options", "out", "slot", "source")
+    __slots__ = ("batch", "derived", "fetches", "flight", "options", "out", "slot", "source")
 
     def __init__(
         self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions
     ) -> None:
         self.batch, self.slot, self.source, self.out, self.options = batch, slot, source, out, options
         self.fetches = 0
+        self.derived: tuple[DerivedTier, str] | None = None
+        self.flight: tuple[Flights, str] | None = None  # the download that this task has taken on
 
 
 class Reader:
@@ -183,6 +186,7 @@ class Reader:
         self._scratch = threading.local()
         self._stats = ReaderStats()
         self._lock = threading.Lock()
+        self._digests: dict[int, tuple[FrameProfile, str]] = {}
 
     def submit(
         self,
@@ -191,10 +195,12 @@ class Reader:
         *,
         outs: Sequence[AnyArray] | None = None,
         cache: FrameCache | None = None,
+        derived: DerivedTier | None = None,
     ) -> Batch:
         """Start reading frames.
 
-        I/O: in the background, the cache's files and one request for each frame that is not there.
+        I/O: in the background, the caches' files and one request for each frame that is not there. Of a
+        frame that several threads or processes with the same cache want, one request is sent.
 
         Parameters
         ----------
@@ -206,6 +212,8 @@ class Reader:
             One array a frame, ``profile.shape(output)`` and the result's dtype, to write into.
         cache : FrameCache, optional
             Looked into first and filled.
+        derived : DerivedTier, optional
+            Of results of just these options; looked into before that and filled.
 
         Returns
         -------
@@ -213,16 +221,28 @@ class Reader:
             Its arrays are `outs` when given.
         """
         batch = Batch(len(sources))
+        tasks = []
         for slot, source in enumerate(sources):
             if source.problem is not None:
                 batch.finish(slot, source.problem)
                 continue
-            task = _Task(batch, slot, source, outs[slot] if outs is not None else None, options)
-            if cache is None:
-                self._fetch(task, None)
-            else:
-                self._hand_over(task, self._from_cache, cache)
+            tasks.append(_Task(batch, slot, source, outs[slot] if outs is not None else None, options))
+        if derived is not None and tasks:
+            try:  # one stage for all: what a result costs is less than what a stage does
+                self._pool.submit(self._from_derived, tasks, derived, cache)
+            except RuntimeError:
+                for task in tasks:
+                    self._let_go(task)
+            return batch
+        for task in tasks:
+            self._begin(task, cache)
         return batch
+
+    def _begin(self, task: _Task, cache: FrameCache | None) -> None:
+        if cache is None:
+            self._fetch(task, None)
+        else:
+            self._hand_over(task, self._from_cache, cache)
 
     def read(
         self,
@@ -265,13 +285,77 @@ class Reader:
         try:
             work(task, *arguments)
         except BaseException as error:
-            task.batch.finish(task.slot, error)
+            self._finish(task, error)
+
+    def _finish(self, task: _Task, outcome: AnyArray | BaseException) -> None:
+        if task.flight is not None:
+            flights, name = task.flight
+            task.flight = None
+            flights.land(name)
+        task.batch.finish(task.slot, outcome)
+
+    def _done(self, task: _Task, array: AnyArray, verified: bool) -> None:
+        """A frame was made: keep it where results are kept, and hand it out."""
+        if task.derived is not None:
+            tier, key = task.derived
+            tier.write(key, array, verified)
+        self._finish(task, array)
+
+    def _from_derived(self, tasks: list[_Task], derived: DerivedTier, cache: FrameCache | None) -> None:
+        try:
+            self._read_derived(tasks, derived, cache)
+        except BaseException as error:
+            for task in tasks:
+                task.batch.finish(task.slot, error)
+
+    def _read_derived(self, tasks: list[_Task], derived: DerivedTier, cache: FrameCache | None) -> None:
+        if tasks[0].batch.cancelled:
+            for task in tasks:
+                self._let_go(task)
+            return
+        keys, rows = [], []
+        for task in tasks:
+            keys.append(task.source.frame_id + self._digest(task.source.profile))
+            if task.out is None:
+                task.out = np.empty(*self._form(task))
+            rows.append(task.out if task.out.flags.c_contiguous else np.empty(task.out.shape, task.out.dtype))
+        found = derived.read_many(keys, rows)
+        hits = verified = 0
+        left = []
+        for task, key, row, verdict in zip(tasks, keys, rows, found, strict=True):
+            if verdict is None:
+                task.derived = derived, key
+                left.append(task)
+                continue
+            assert task.out is not None
+            if row is not task.out:
+                np.copyto(task.out, row)
+            hits += 1
+            verified += verdict
+            task.batch.finish(task.slot, task.out)
+        self._count(cached=hits, verified=verified, unverified=hits - verified)
+        for task in left:
+            self._begin(task, cache)
+
+    def _form(self, task: _Task) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of a task's result."""
+        profile, options = task.source.profile, task.options
+        return profile.shape(options.output), options.result_dtype(profile)
+
+    def _digest(self, profile: FrameProfile) -> str:
+        """What tells results apart besides the frame's id: its metadata may be edited, the id stays."""
+        known = self._digests.get(id(profile))
+        if known is None:
+            text = fingerprint(profile) or ""
+            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            known = self._digests[id(profile)] = (profile, digest)  # the profile too: its id must stay its own
+        return known[1]
 
     def _from_cache(self, task: _Task, cache: FrameCache) -> None:
         source = task.source
         entry = cache.get(self._datastore_id, source.frame_id)
         if entry is None:
-            self._fetch(task, cache)
+            self._download(task, cache)
             return
         try:
             array, verified = self._convert(task, entry.data, trusted=entry.verified)
@@ -280,10 +364,22 @@ class Reader:
         except (ChecksumError, DecodeError):
             # Bytes that were cached without a check, and are wrong: ask the data store itself.
             cache.drop(self._datastore_id, source.frame_id)
-            self._fetch(task, cache)
+            self._download(task, cache)
             return
         self._count(cached=1, verified=verified, unverified=not verified)
-        task.batch.finish(task.slot, array)
+        self._done(task, array, verified)
+
+    def _download(self, task: _Task, cache: FrameCache) -> None:
+        """Fetch a frame unless somebody does: then look into the cache again when they are done."""
+        flights, name = cache.flights, cache.name(self._datastore_id, task.source.frame_id)
+        if task.flight is None:
+            if not flights.join(name, lambda: self._hand_over(task, self._from_cache, cache)):
+                return
+            task.flight = flights, name
+            if cache.has(self._datastore_id, task.source.frame_id):  # came since we looked
+                self._from_cache(task, cache)
+                return
+        self._fetch(task, cache)
 
     def _fetch(self, task: _Task, cache: FrameCache | None) -> None:
         if task.batch.cancelled:
@@ -305,7 +401,7 @@ class Reader:
             stage.add_done_callback(lambda done: self._let_go(task) if done.cancelled() else None)
 
     def _let_go(self, task: _Task) -> None:
-        task.batch.finish(task.slot, DataError(f"frame {task.source.frame_id} was given up before it came"))
+        self._finish(task, DataError(f"frame {task.source.frame_id} was given up before it came"))
 
     def _from_network(self, task: _Task, done: Future[bytes], cache: FrameCache | None) -> None:
         task.batch.requests.discard(done)  # it holds the encoded bytes
@@ -327,7 +423,7 @@ class Reader:
         if cache is not None:
             cache.put(self._datastore_id, source.frame_id, data, verified=verified)
         self._count(fetched=1, bytes_fetched=len(data), verified=verified, unverified=not verified)
-        task.batch.finish(task.slot, array)
+        self._done(task, array, verified)
 
     def _count(self, **counts: int) -> None:
         with self._lock:

@@ -5,15 +5,26 @@ holds its length and CRC, so one torn by a power cut is noticed and dropped. The
 convenience: a full disk or a read-only folder costs one warning, never a run.
 
 `frames` is what callers see, `derived` the tier of results, `entries` the headers, `folder` the place both
-share and `eviction` its bound; `recipe` says what may be kept, `locks` who downloads, `remote` keeps frames
-in an object store as well.
+share and `eviction` its bound; `recipe` says what may be kept, `locks` and `flight` who downloads, `remote`
+keeps frames in an object store as well.
 """
 
 from ahi_ml.cache.derived import DerivedTier
 from ahi_ml.cache.entries import CacheEntry
+from ahi_ml.cache.flight import Flights
 from ahi_ml.cache.folder import CacheStats
 from ahi_ml.cache.frames import FrameCache
 from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.recipe import DECODER_EPOCH, fingerprint, recipe
 
-__all__ = ["DECODER_EPOCH", "CacheEntry", "CacheStats", "Claims", "DerivedTier", "FrameCache", "fingerprint", "recipe"]
+__all__ = [
+    "DECODER_EPOCH",
+    "CacheEntry",
+    "CacheStats",
+    "Claims",
+    "DerivedTier",
+    "Flights",
+    "FrameCache",
+    "fingerprint",
+    "recipe",
+]

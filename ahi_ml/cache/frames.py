@@ -12,10 +12,12 @@ from typing import Any
 from ahi_ml.cache.derived import DerivedTier
 from ahi_ml.cache.entries import CacheEntry, encoded_header, is_whole, parse_encoded
 from ahi_ml.cache.eviction import PART, STALE_S, remove
+from ahi_ml.cache.flight import Flights
 from ahi_ml.cache.folder import CacheFolder
 from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.remote import RemoteTier
 from ahi_ml.config import cache_places
+from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer, PathType
 
 __all__ = ["FrameCache"]
@@ -66,6 +68,7 @@ class FrameCache:
         self.max_bytes = max_bytes
         self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
         self.claims = Claims(self._folder)
+        self._flights = PerProcess(lambda: Flights(self.claims))
         self._remote = RemoteTier(remote, remote_options) if remote is not None else None
 
     @classmethod
@@ -90,6 +93,15 @@ class FrameCache:
     def name(self, datastore_id: str, frame_id: str) -> str:
         """Return the opaque name of a frame, for `claims`. I/O: none."""
         return hashlib.blake2b(f"{datastore_id}\0{frame_id}".encode(), digest_size=16).hexdigest()
+
+    @property
+    def flights(self) -> Flights:
+        """The downloads under way in this process. I/O: none."""
+        return self._flights.get()
+
+    def has(self, datastore_id: str, frame_id: str) -> bool:
+        """Whether the folder has an entry of a frame, sound or not; counts nothing. I/O: looks at one file."""
+        return os.path.exists(self._path(datastore_id, frame_id))
 
     def _path(self, datastore_id: str, frame_id: str) -> str:
         return self._folder.place(self.name(datastore_id, frame_id))

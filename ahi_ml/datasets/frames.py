@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from ahi_ml.cache import FrameCache
+from ahi_ml.cache import DerivedTier, FrameCache, recipe
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
@@ -23,6 +24,8 @@ from ahi_ml.store import DataStore
 from ahi_ml.types import AnyArray, FrameStep, Output, PathType
 
 __all__ = ["FrameDataset", "Item", "PendingBatch"]
+
+_LOG = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 Transform = Callable[..., Item]
@@ -89,6 +92,9 @@ class FrameDataset(Dataset[Item]):
         For ``output="display"``.
     cache : FrameCache, path or None
         ``store.cache`` by default; None reads without a cache.
+    cache_decoded : bool
+        Keep images in the cache too, as the options and pixel steps make them (not what a callable makes of
+        them): much faster to read again, and several times the space.
     on_error : {"raise", "skip"}
         Whether a frame that cannot be read ends the run, or the next one that can takes its place.
         More than 1 % of skipped frames raise all the same.
@@ -115,6 +121,7 @@ class FrameDataset(Dataset[Item]):
         padding: Literal["keep", "mask"] | float = "keep",
         window: Window | None = None,
         cache: FrameCache | PathType | Literal["store"] | None = "store",
+        cache_decoded: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         verify: bool = True,
         seed: int | None = 0,
@@ -136,9 +143,27 @@ class FrameDataset(Dataset[Item]):
             if isinstance(cache, str | os.PathLike)
             else cache
         )
+        self._derived = self._results() if cache_decoded else None
         self._on_error = on_error
         self._read = self._skipped = 0
         self._settled = False
+
+    def _results(self) -> DerivedTier | None:
+        """Where results of this dataset's options are kept. I/O: connects, for a folder."""
+        if self.cache is None:
+            raise ConfigError("cache_decoded=True keeps images in the cache, and cache=None has none")
+        options = self.options
+        described = recipe(
+            output=options.output,
+            dtype=None if options.dtype is None else np.dtype(options.dtype),
+            steps=options.steps,
+            padding=options.padding,
+            window=options.window,
+        )
+        if described is None:
+            _LOG.warning("images are not kept in the cache: a pixel step has no fingerprint that would tell a change")
+            return None
+        return self.cache.derived(self.store.datastore_id, described)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -216,7 +241,7 @@ class FrameDataset(Dataset[Item]):
         sources = self.index.sources(numbers)
         arrays = self._allocate(sources, allocate)
         outs = [_channels_last(array) for array in arrays]
-        batch = self.store.reader.submit(sources, self.options, outs=outs, cache=self.cache)
+        batch = self.store.reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
         return PendingBatch(numbers, arrays, batch)
 
     def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> list[AnyArray]:

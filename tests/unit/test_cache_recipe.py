@@ -121,7 +121,7 @@ def test_different_things_have_different_fingerprints() -> None:
         ({"x", "y", "z"}, {"z", "y", "x"}),
         ([Window(40, 400)], (Window(40, 400),)),
     ],
-    ids=str,
+    ids=["floats", "nan", "dtypes", "arrays", "dicts", "sets", "sequences"],
 )
 def test_equal_things_have_equal_fingerprints(one: Any, other: Any) -> None:
     assert fingerprint(one) == fingerprint(other)

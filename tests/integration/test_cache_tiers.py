@@ -1,0 +1,203 @@
+"""Both tiers of the cache behind datasets: one download a frame, results read again, wherever they are wanted."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ahi_ml
+from ahi_ml.errors import ConfigError
+from ahi_ml.pixels import Window
+
+NAMES = ["CT_small.dcm", "MR_small.dcm", "SC_rgb_rle_2frame.dcm", "examples_palette.dcm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pydicom_file: Callable[[str], Path]) -> Path:
+    """The folder of a store with a few series."""
+    folder = tmp_path_factory.mktemp("tiers")
+    (folder / "in").mkdir()
+    for name in NAMES:
+        shutil.copy(pydicom_file(name), folder / "in")
+    with ahi_ml.connect(folder / "store", cache=folder / "unused") as store:
+        assert store.import_dicom(folder / "in").imported == len(NAMES)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(folder: Path, tmp_path: Path) -> Iterator[ahi_ml.DataStore]:
+    with ahi_ml.connect(folder, cache=tmp_path / "cache") as opened:
+        yield opened
+
+
+def images(dataset: Any) -> list[torch.Tensor]:
+    return [item["image"] for item in dataset.__getitems__(list(range(len(dataset))))]
+
+
+def requests(store: ahi_ml.DataStore) -> Counter[str]:
+    """Counts requests of this process's reader by frame, from now on."""
+    counts: Counter[str] = Counter()
+    transport = store.reader._transport
+    fetch = transport.fetch
+
+    def counted(image_set_id: str, frame_id: str) -> Any:
+        counts[frame_id] += 1
+        return fetch(image_set_id, frame_id)
+
+    transport.fetch = counted  # type: ignore[method-assign]
+    return counts
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "stored"}, {"output": "display"}, {"transform": Window(40, 400)}])
+def test_results_are_those_of_decoding(store: ahi_ml.DataStore, options: dict[str, Any]) -> None:
+    index = store.search(primary=None).index()
+    plain = images(ahi_ml.FrameDataset(store, index, cache=None, **options))
+    kept = ahi_ml.FrameDataset(store, index, cache_decoded=True, **options)
+    counts = requests(store)
+    for _ in range(3):
+        for image, expected in zip(images(kept), plain, strict=True):
+            assert image.dtype == expected.dtype
+            assert torch.equal(image, expected)
+    assert set(counts.values()) == {1}
+    stats = store.cache.stats()
+    assert (stats["derived_misses"], stats["derived_hits"]) == (len(index), 2 * len(index))
+    assert store.reader.stats()["unverified"] == 0
+
+
+def test_results_need_no_encoded_frame(store: ahi_ml.DataStore) -> None:
+    index = store.search(primary=None).index()
+    kept = ahi_ml.FrameDataset(store, index, cache_decoded=True)
+    first = images(kept)
+    for frame_id in index.frames["frame_id"]:
+        store.cache.drop(store.datastore_id, frame_id)
+    counts = requests(store)
+    assert all(torch.equal(one, other) for one, other in zip(images(kept), first, strict=True))
+    assert not counts
+
+
+def test_other_options_are_other_results(store: ahi_ml.DataStore) -> None:
+    index = store.search(primary=None).where(modality="CT").index()
+    for center in (0, 40, 80):
+        for window in (Window(center, 400), Window(center, 100)):
+            plain = images(ahi_ml.FrameDataset(store, index, transform=window, cache=None))
+            for _ in range(2):
+                kept = images(ahi_ml.FrameDataset(store, index, transform=window, cache_decoded=True))
+                assert torch.equal(kept[0], plain[0])
+
+
+def test_another_rescale_is_another_result(store: ahi_ml.DataStore) -> None:
+    index = store.search(primary=None).where(modality="CT").index()
+    before = images(ahi_ml.FrameDataset(store, index, cache_decoded=True))[0]
+    ids = {"datastoreId": store.datastore_id, "imageSetId": str(index.frames["image_set_id"].iloc[0])}
+    client = store.client
+    (series,) = index.frames["series_instance_uid"].unique()
+    (uid,) = index.frames["sop_instance_uid"].unique()
+    tree = {"Study": {"Series": {str(series): {"Instances": {str(uid): {"DICOM": {"RescaleIntercept": "-2000"}}}}}}}
+    import json
+
+    text = json.dumps({"SchemaVersion": 1.1, **tree}).encode()
+    version = client.get_image_set(**ids)["versionId"]
+    updates = {"DICOMUpdates": {"updatableAttributes": text}}
+    client.update_image_set_metadata(**ids, latestVersionId=version, updateImageSetMetadataUpdates=updates)
+    while client.get_image_set(**ids)["imageSetState"] == "LOCKED":
+        pass
+    edited = store.search(primary=None).where(modality="CT").index()
+    after = images(ahi_ml.FrameDataset(store, edited, cache_decoded=True))[0]
+    np.testing.assert_allclose((before - after).numpy(), 2000 - 1024)
+
+
+def test_a_step_of_others_is_not_kept(store: ahi_ml.DataStore, caplog: pytest.LogCaptureFixture) -> None:
+    class Noise:
+        def apply(self, image: Any) -> None:
+            image += 1
+
+    index = store.search(primary=None).where(modality="CT").index()
+    with caplog.at_level(logging.WARNING, "ahi_ml"):
+        dataset = ahi_ml.FrameDataset(store, index, transform=[Noise()], cache_decoded=True)
+    assert "no fingerprint" in caplog.text
+    images(dataset)
+    assert store.cache.stats()["derived_misses"] == 0
+
+
+def test_it_needs_a_cache(store: ahi_ml.DataStore) -> None:
+    with pytest.raises(ConfigError, match="cache_decoded"):
+        ahi_ml.FrameDataset(store, store.search(primary=None).index(), cache=None, cache_decoded=True)
+
+
+def test_one_request_for_a_frame_wanted_many_times(folder: Path, tmp_path: Path) -> None:
+    with ahi_ml.connect(folder, cache=tmp_path / "cache", faults={"latency_ms": 100}) as store:
+        index = store.search(primary=None).index()
+        dataset = ahi_ml.FrameDataset(store, index, cache_decoded=False)
+        counts = requests(store)
+        rows = list(range(len(index))) * 5
+        pending = [dataset.submit(rows) for _ in range(4)]
+        for each in pending:
+            items = dataset.items(each)
+            for item, row in zip(items, rows, strict=True):
+                assert torch.equal(item["image"], items[row]["image"])
+        assert set(counts.values()) == {1}
+        assert len(counts) == len(index)
+
+
+def test_a_download_that_fails_lets_the_next_one_try(store: ahi_ml.DataStore) -> None:
+    index = store.search(primary=None).where(modality="CT").index()
+    dataset = ahi_ml.FrameDataset(store, index)
+    transport, asked = store.reader._transport, []
+    fetch = transport.fetch
+
+    def failing(image_set_id: str, frame_id: str) -> Any:
+        asked.append(frame_id)
+        return fetch(image_set_id, frame_id if len(asked) > 1 else "0" * 32)
+
+    transport.fetch = failing  # type: ignore[method-assign]
+    batch = store.reader.submit(dataset.index.sources([0, 0, 0]), dataset.options, cache=store.cache)
+    outcomes = batch.outcomes(30)
+    assert sum(isinstance(outcome, BaseException) for outcome in outcomes) == 1
+    assert len(asked) == 2
+
+
+def test_a_cancelled_download_lets_others_go_on(folder: Path, tmp_path: Path) -> None:
+    with ahi_ml.connect(folder, cache=tmp_path / "cache", faults={"latency_ms": 150}) as store:
+        dataset = ahi_ml.FrameDataset(store, store.search(primary=None).index())
+        first, second = dataset.submit([0, 1]), dataset.submit([0, 1])
+        first.batch.cancel()
+        assert len(dataset.items(second)) == 2
+
+
+def _count(folder: Path, cache: Path, rounds: int, start: Any, results: Any) -> None:
+    with ahi_ml.connect(folder, cache=cache) as store:
+        index = store.search(primary=None).index()
+        dataset = ahi_ml.FrameDataset(store, index)
+        counts = requests(store)
+        start.wait(60)
+        for _ in range(rounds):
+            images(dataset)
+        results.put(dict(counts))
+
+
+def test_one_request_for_a_frame_wanted_by_many_processes(folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(4), context.Queue()
+    with ahi_ml.connect(folder, cache=tmp_path / "other", faults={"latency_ms": 300}) as store:
+        n = len(store.search(primary=None).index())
+        workers = [
+            context.Process(target=_count, args=(folder, tmp_path / "cache", 2, start, results)) for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        total: Counter[str] = Counter()
+        for _ in workers:
+            total.update(results.get(timeout=100))
+        for worker in workers:
+            worker.join(30)
+    assert len(total) == n
+    assert set(total.values()) == {1}

@@ -26,6 +26,9 @@ class PerProcess(Generic[Made]):
         self._made: tuple[int, Made] | None = None
         self._locks: dict[int, threading.Lock] = {}  # one a process: a forked child may inherit a held one
 
+    def __reduce__(self) -> tuple[type[PerProcess[Made]], tuple[Callable[[], Made]]]:
+        return PerProcess, (self._make,)  # where it is unpickled, it is made anew
+
     def get(self) -> Made:
         """This process's own. I/O: whatever making it does, the first time."""
         pid = os.getpid()

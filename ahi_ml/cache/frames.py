@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class FrameCache:
         self.max_bytes = max_bytes
         self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
         self.claims = Claims(self._folder)
-        self._flights = PerProcess(lambda: Flights(self.claims))
+        self._flights = PerProcess(partial(Flights, self.claims))
         self._remote = RemoteTier(remote, remote_options) if remote is not None else None
 
     @classmethod

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ahi_ml.cache import DerivedTier, Flights, FrameCache, fingerprint
+from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
 from ahi_ml.codec import crc32, decode
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.pixels import Rescale, Window, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
+from ahi_ml.reader.batch import Batch, ReaderStats, Task
 from ahi_ml.types import AnyArray, Buffer, FrameStep, Output
 
 __all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
@@ -72,96 +73,6 @@ class ReadOptions:
         chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
         dtype: np.dtype[Any] = np.dtype(chosen)
         return dtype
-
-
-@dataclass(slots=True)
-class ReaderStats:
-    """Counts of frames since the reader was made.
-
-    Parameters
-    ----------
-    cached, fetched : int
-        Where the bytes came from.
-    verified, unverified : int
-        Whether the pixels were compared with a checksum, now or when they were cached.
-    refetched : int
-        Frames whose first bytes failed the comparison.
-    bytes_fetched : int
-        Encoded bytes over the network.
-    """
-
-    cached: int = 0
-    fetched: int = 0
-    verified: int = 0
-    unverified: int = 0
-    refetched: int = 0
-    bytes_fetched: int = 0
-
-
-class Batch:
-    """Frames submitted together.
-
-    I/O: `wait` blocks until all are there.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._outcomes: list[AnyArray | BaseException | None] = [None] * count
-        self._left = count
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self.cancelled = False
-        self.requests: set[Future[bytes]] = set()
-        if count == 0:
-            self._done.set()
-
-    def finish(self, slot: int, outcome: AnyArray | BaseException) -> None:
-        """Note the outcome of one frame. Called by the reader."""
-        with self._lock:
-            self._outcomes[slot] = outcome
-            self._left -= 1
-            if self._left == 0:
-                self._done.set()
-
-    def cancel(self) -> None:
-        """Let frames go that have not been decoded, and requests that have not been sent. I/O: none."""
-        self.cancelled = True
-        for request in list(self.requests):
-            request.cancel()
-
-    def outcomes(self, timeout_s: float | None = None) -> list[AnyArray | BaseException]:
-        """Arrays, or the errors in their places, in the order submitted.
-
-        Raises
-        ------
-        TimeoutError
-            Not all are there yet.
-        """
-        if not self._done.wait(timeout_s):
-            raise TimeoutError(f"{self._left} of {len(self._outcomes)} frames are still under way")
-        return self._outcomes  # type: ignore[return-value]
-
-    def wait(self, timeout_s: float | None = None) -> list[AnyArray]:
-        """Arrays in the order submitted; the first error, if there is one, is raised."""
-        arrays = []
-        for outcome in self.outcomes(timeout_s):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            arrays.append(outcome)
-        return arrays
-
-
-class _Task:
-    """One frame on its way."""
-
-    __slots__ = ("batch", "derived", "fetches", "flight", "options", "out", "slot", "source")
-
-    def __init__(
-        self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions
-    ) -> None:
-        self.batch, self.slot, self.source, self.out, self.options = batch, slot, source, out, options
-        self.fetches = 0
-        self.derived: tuple[DerivedTier, str] | None = None
-        self.flight: tuple[Flights, str] | None = None  # the download that this task has taken on
 
 
 class Reader:
@@ -226,7 +137,7 @@ class Reader:
             if source.problem is not None:
                 batch.finish(slot, source.problem)
                 continue
-            tasks.append(_Task(batch, slot, source, outs[slot] if outs is not None else None, options))
+            tasks.append(Task(batch, slot, source, outs[slot] if outs is not None else None, options))
         if derived is not None and tasks:
             try:  # one stage for all: what a result costs is less than what a stage does
                 self._pool.submit(self._from_derived, tasks, derived, cache)
@@ -238,7 +149,7 @@ class Reader:
             self._begin(task, cache)
         return batch
 
-    def _begin(self, task: _Task, cache: FrameCache | None) -> None:
+    def _begin(self, task: Task, cache: FrameCache | None) -> None:
         if cache is None:
             self._fetch(task, None)
         else:
@@ -277,7 +188,7 @@ class Reader:
 
     # On the way
 
-    def _guard(self, task: _Task, work: Callable[..., None], *arguments: Any) -> None:
+    def _guard(self, task: Task, work: Callable[..., None], *arguments: Any) -> None:
         """Run a stage; whatever it raises is the frame's outcome."""
         if task.batch.cancelled:
             self._let_go(task)
@@ -287,28 +198,28 @@ class Reader:
         except BaseException as error:
             self._finish(task, error)
 
-    def _finish(self, task: _Task, outcome: AnyArray | BaseException) -> None:
+    def _finish(self, task: Task, outcome: AnyArray | BaseException) -> None:
         if task.flight is not None:
             flights, name = task.flight
             task.flight = None
             flights.land(name)
         task.batch.finish(task.slot, outcome)
 
-    def _done(self, task: _Task, array: AnyArray, verified: bool) -> None:
+    def _done(self, task: Task, array: AnyArray, verified: bool) -> None:
         """A frame was made: keep it where results are kept, and hand it out."""
         if task.derived is not None:
             tier, key = task.derived
             tier.write(key, array, verified)
         self._finish(task, array)
 
-    def _from_derived(self, tasks: list[_Task], derived: DerivedTier, cache: FrameCache | None) -> None:
+    def _from_derived(self, tasks: list[Task], derived: DerivedTier, cache: FrameCache | None) -> None:
         try:
             self._read_derived(tasks, derived, cache)
         except BaseException as error:
             for task in tasks:
                 task.batch.finish(task.slot, error)
 
-    def _read_derived(self, tasks: list[_Task], derived: DerivedTier, cache: FrameCache | None) -> None:
+    def _read_derived(self, tasks: list[Task], derived: DerivedTier, cache: FrameCache | None) -> None:
         if tasks[0].batch.cancelled:
             for task in tasks:
                 self._let_go(task)
@@ -337,7 +248,7 @@ class Reader:
         for task in left:
             self._begin(task, cache)
 
-    def _form(self, task: _Task) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    def _form(self, task: Task) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of a task's result."""
         profile, options = task.source.profile, task.options
         return profile.shape(options.output), options.result_dtype(profile)
@@ -351,7 +262,7 @@ class Reader:
             known = self._digests[id(profile)] = (profile, digest)  # the profile too: its id must stay its own
         return known[1]
 
-    def _from_cache(self, task: _Task, cache: FrameCache) -> None:
+    def _from_cache(self, task: Task, cache: FrameCache) -> None:
         source = task.source
         entry = cache.get(self._datastore_id, source.frame_id)
         if entry is None:
@@ -369,7 +280,7 @@ class Reader:
         self._count(cached=1, verified=verified, unverified=not verified)
         self._done(task, array, verified)
 
-    def _download(self, task: _Task, cache: FrameCache) -> None:
+    def _download(self, task: Task, cache: FrameCache) -> None:
         """Fetch a frame unless somebody does: then look into the cache again when they are done."""
         flights, name = cache.flights, cache.name(self._datastore_id, task.source.frame_id)
         if task.flight is None:
@@ -381,7 +292,7 @@ class Reader:
                 return
         self._fetch(task, cache)
 
-    def _fetch(self, task: _Task, cache: FrameCache | None) -> None:
+    def _fetch(self, task: Task, cache: FrameCache | None) -> None:
         if task.batch.cancelled:
             self._let_go(task)
             return
@@ -391,7 +302,7 @@ class Reader:
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
         future.add_done_callback(lambda done: self._hand_over(task, self._from_network, done, cache))
 
-    def _hand_over(self, task: _Task, work: Callable[..., None], *arguments: Any) -> None:
+    def _hand_over(self, task: Task, work: Callable[..., None], *arguments: Any) -> None:
         """Give a stage to the pool; once the reader is closed, the frame's outcome says so."""
         try:
             stage = self._pool.submit(self._guard, task, work, *arguments)
@@ -400,10 +311,10 @@ class Reader:
         else:
             stage.add_done_callback(lambda done: self._let_go(task) if done.cancelled() else None)
 
-    def _let_go(self, task: _Task) -> None:
+    def _let_go(self, task: Task) -> None:
         self._finish(task, DataError(f"frame {task.source.frame_id} was given up before it came"))
 
-    def _from_network(self, task: _Task, done: Future[bytes], cache: FrameCache | None) -> None:
+    def _from_network(self, task: Task, done: Future[bytes], cache: FrameCache | None) -> None:
         task.batch.requests.discard(done)  # it holds the encoded bytes
         if done.cancelled():
             self._let_go(task)
@@ -432,7 +343,7 @@ class Reader:
 
     # Conversion
 
-    def _convert(self, task: _Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, bool]:
+    def _convert(self, task: Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, bool]:
         """Decode, verify and convert; also say whether the pixels are known to be right."""
         source, options, profile = task.source, task.options, task.source.profile
         check = options.verify and not trusted and source.checksum is not None
@@ -467,7 +378,7 @@ class Reader:
             arrays["key"], arrays["array"] = key, np.empty(*key)
         return arrays["array"]  # type: ignore[no-any-return]
 
-    def _mismatch(self, task: _Task, what: str) -> ChecksumError:
+    def _mismatch(self, task: Task, what: str) -> ChecksumError:
         source = task.source
         return ChecksumError(
             f"frame {source.frame_id} of image set {source.image_set_id}: its {what} differ from the data store's "

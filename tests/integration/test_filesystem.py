@@ -430,6 +430,12 @@ class TestReadingMany:
         assert not requests
         assert list(whole) == sorted(frames)
 
+    def test_ranges_are_python_slices(self, files: AhiFileSystem, frames: list[str]) -> None:
+        starts, ends = [None, -5, 3, 0, 5, -7], [None, None, -2, 10**9, 2, -3]
+        data = files.cat_file(frames[0])
+        parts = files.cat_ranges([frames[0]] * len(starts), starts, ends)
+        assert parts == [data[start:end] for start, end in zip(starts, ends, strict=True)]
+
     def test_documents_and_frames_together(
         self, files: AhiFileSystem, store: DataStore, image_sets: list[str], frames: list[str]
     ) -> None:

@@ -157,6 +157,15 @@ class TestSaveAndLoad:
         assert old.frames.equals(expected)  # its file is as it was
         assert pickle.loads(pickle.dumps(old)).frames.equals(expected)
 
+    def test_what_was_listed_before_does_not_count(self, index: DatasetIndex, base: str) -> None:
+        url = index.save(f"{base}/ct.arrow")
+        fs, path = fsspec.url_to_fs(base)
+        assert len(fs.ls(path)) == 1  # s3fs keeps this, with the ETag
+        assert len(DatasetIndex.load(url)) == len(index)
+        fs.ls(path)
+        index[[0, 2]].save(url)
+        assert len(DatasetIndex.load(url)) == 2
+
     def test_copies_that_nobody_opened_go(self, index: DatasetIndex, base: str, cache: Path) -> None:
         first, second = (index.save(f"{base}/{name}.arrow") for name in ("first", "second"))
         DatasetIndex.load(first)

@@ -6,8 +6,10 @@ each is written beside its place and moved there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +30,7 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._lock = threading.Lock()  # a blob found here by `put` is not one that `sweep` is about to delete
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
@@ -38,12 +41,10 @@ class BlobStore:
         """Store bytes and return their name. I/O: one small file, unless the blob is there."""
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
         path = self.path(digest)
-        try:
+        with self._lock, contextlib.suppress(FileNotFoundError):
             if path.stat().st_size == len(data):
                 os.utime(path)  # young again: `sweep` spares what an import is about to refer to
                 return digest
-        except FileNotFoundError:
-            pass
         path.parent.mkdir(mode=0o700, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
         try:
@@ -88,11 +89,11 @@ class BlobStore:
         removed = 0
         for folder in self.root.iterdir():
             for file in folder.iterdir():
-                try:
-                    if folder.name + file.name in keep or file.stat().st_mtime > limit:
-                        continue
-                    file.unlink()
-                except FileNotFoundError:  # a temporary file that has just found its place
+                if folder.name + file.name in keep:
                     continue
-                removed += 1
+                # What is not there is a temporary file that has just found its place.
+                with self._lock, contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_mtime <= limit:
+                        file.unlink()
+                        removed += 1
         return removed

@@ -146,6 +146,16 @@ class Version:
     forced: bool | None
     is_primary: bool
 
+    @property
+    def read_by_copy(self) -> bool:
+        """Whether it is LOCKED because a copy reads it: it keeps its own status, to go back to after a crash."""
+        return self.state == "LOCKED" and self.workflow.endswith("ED")
+
+    @property
+    def shown_workflow(self) -> str:
+        """The workflow status that answers show."""
+        return "COPYING_WITH_READ_ONLY_ACCESS" if self.read_by_copy else self.workflow
+
 
 @dataclass(frozen=True, slots=True)
 class FrameRow:

@@ -164,6 +164,17 @@ class TestStart:
     def test_the_server_answers_when_attach_returns(self, held: Lease, client_of: Callable[..., Any]) -> None:
         assert client_of(held).list_datastores()["datastoreSummaries"] == []
 
+    def test_answers_do_not_wait_for_acknowledgements(self, held: Lease, client_of: Callable[..., Any]) -> None:
+        client = client_of(held)
+
+        def seconds() -> float:
+            before = time.perf_counter()
+            client.list_datastores()
+            return time.perf_counter() - before
+
+        # 40 ms is what a delayed acknowledgement costs; a connection's first ones are not delayed.
+        assert sorted(seconds() for _ in range(60))[30] < 0.03
+
     def test_it_listens_on_loopback_only(self, held: Lease) -> None:
         listening = [
             connection.laddr.ip
@@ -408,6 +419,49 @@ class TestRecovery:
         assert client.search_image_sets(datastoreId=job["datastoreId"])["imageSetsMetadataSummaries"] == []
         again.close()
         lease.close()
+
+    def test_the_source_of_a_copy_cut_short_is_as_it_was(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        client_of: Callable[..., Any],
+        import_folder: Callable[..., Any],
+        pydicom_file: Callable[[str], Path],
+    ) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "ct.dcm").symlink_to(pydicom_file("CT_small.dcm"))
+        quick = attach(folder)
+        client = client_of(quick)
+        store = client.create_datastore(datastoreName="default", clientToken="made-once")["datastoreId"]
+        import_folder(client, store, source)
+        image_set = import_folder(client, store, source).image_set_of("ct.dcm")
+        known = {"datastoreId": store, "imageSetId": image_set}
+        before = client.get_image_set(**known)
+        assert before["imageSetWorkflowStatus"] == "IMPORTED"
+        slow = attach(folder, faults={"slow_s": 600})
+        answer = client.copy_image_set(
+            datastoreId=store,
+            sourceImageSetId=image_set,
+            copyImageSetInformation={"sourceImageSet": {"latestVersionId": "2"}},
+        )
+        reading = client.get_image_set(**known)
+        shown = (reading["imageSetState"], reading["imageSetWorkflowStatus"])
+        assert shown == ("LOCKED", "COPYING_WITH_READ_ONLY_ACCESS")
+        os.kill(quick.endpoint.pid, signal.SIGKILL)
+        wait_for(lambda: not runs(quick.endpoint.pid), "the server's death")
+
+        again = attach(folder)
+        client = client_of(again)
+        after = client.get_image_set(**known)
+        ignored = dict.fromkeys(("ResponseMetadata", "lastAccessedAt"))
+        assert after | ignored == before | ignored
+        made = answer["destinationImageSetProperties"]["imageSetId"]
+        left = client.get_image_set(datastoreId=store, imageSetId=made)
+        assert left["imageSetState"] == "DELETED"
+        assert "cut short" in left["message"]
+        for lease in (quick, slow, again):
+            lease.close()
 
     def test_a_stranger_on_the_lease_port_is_no_server(self, folder: Path) -> None:
         lease = attach(folder)

@@ -110,12 +110,12 @@ def _commit(catalog: Catalog, store: Datastore, group: Group, pause: Pause | Non
         known = catalog.series_image_sets(store.id, group.series_uid)
         same = [found for found in known if found.series_key == group.series_key]
         target = next((found for found in same if found.is_primary), None)
-        if target is None and same and any(found.is_primary for found in known):
-            target = same[0]  # what contradicts the primary stays together
+        primaries = catalog.primaries(store.id, study_uid=group.study_uid)
+        fits = all(p.study_key == group.study_key for p in primaries)
+        primary = fits and not any(found.is_primary for found in known)
+        if target is None and same and not primary:
+            target = same[0]  # what contradicts the primary, of the series or of its study, stays together
         if target is None:
-            primaries = catalog.primaries(store.id, study_uid=group.study_uid)
-            fits = all(p.study_key == group.study_key for p in primaries)
-            primary = fits and not any(found.is_primary for found in known)
             made = ImageSet(
                 id=secrets.token_hex(16),
                 datastore_id=store.id,

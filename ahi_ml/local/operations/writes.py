@@ -81,7 +81,7 @@ def _properties(found: ImageSet, version: Version, id_name: str = "latestVersion
         "imageSetId": found.id,
         id_name: str(version.version),
         "imageSetState": version.state,
-        "imageSetWorkflowStatus": version.workflow,
+        "imageSetWorkflowStatus": version.shown_workflow,
         "createdAt": found.created,
         "updatedAt": version.updated,
     }
@@ -188,7 +188,7 @@ def copy_image_set(context: Context, params: Json) -> Json:
             destination, version = _new_copy(context, source, promote=promote, forced=force or None, now=now)
         source_version = context.catalog.version(source.id, source.version)
         assert source_version is not None
-        reading = replace(source_version, state="LOCKED", workflow="COPYING_WITH_READ_ONLY_ACCESS")
+        reading = replace(source_version, state="LOCKED")
         context.catalog.save_version(reading)
 
     def work() -> None:
@@ -329,12 +329,7 @@ def _settle_stranded(context: Context, image_set_ids: set[str]) -> None:
             elif version.workflow == "COPYING" and context.catalog.document(found.id, version.version) is None:
                 # A new copy without a document is nothing to go on with.
                 _delete(context, found, replace(version, message=_CUT_SHORT))
-            elif version.workflow == "COPYING_WITH_READ_ONLY_ACCESS":
-                context.catalog.save_version(replace(version, state="ACTIVE", workflow=_before_copy(version)))
+            elif version.read_by_copy:
+                context.catalog.save_version(replace(version, state="ACTIVE"))
             else:
                 _settle(context, version, _FAILED.get(version.workflow, "UPDATE_FAILED"), None, _CUT_SHORT)
-
-
-def _before_copy(version: Version) -> str:
-    """A source's own status is not kept while it is read; what it says of an active set is its origin."""
-    return "CREATED" if version.version == 1 else "UPDATED"

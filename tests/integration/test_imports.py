@@ -358,3 +358,46 @@ class TestClientTokens:
         for change in ({"datastoreName": "two"}, {"losslessStorageFormat": "JPEG_2000_LOSSLESS"}):
             with pytest.raises(store.client.exceptions.ConflictException, match="clientToken"):
                 store.client.create_datastore(**{**asked, **change})
+
+
+class TestWarnings:
+    @pytest.mark.parametrize(
+        ("change", "code", "kind", "named"),
+        [
+            ({"StudyInstanceUID": "1.2.x"}, 0xB201, "InvalidUIDFormat", "StudyInstanceUID"),
+            ({"PatientName": "N" * 257}, 0xB202, "InvalidValueLength", "PatientName"),
+            ({"StudyTime": "1" * 29}, 0xB202, "InvalidValueLength", "StudyTime"),
+        ],
+    )
+    def test_each_has_its_code(
+        self,
+        store: ahi_ml.DataStore,
+        tmp_path: Path,
+        pydicom_file: Callable[[str], Path],
+        change: dict[str, str],
+        code: int,
+        kind: str,
+        named: str,
+    ) -> None:
+        import pydicom
+        from pydicom.config import IGNORE
+        from pydicom.dataelem import DataElement
+
+        dataset = pydicom.dcmread(pydicom_file("CT_small.dcm"))
+        for keyword, value in change.items():
+            old = dataset[keyword]
+            dataset[keyword] = DataElement(old.tag, old.VR, value, validation_mode=IGNORE)
+        (tmp_path / "in").mkdir()
+        dataset.save_as(tmp_path / "in" / "warned.dcm")
+        shutil.copy(pydicom_file("MR_small.dcm"), tmp_path / "in")
+        report = store.import_dicom(tmp_path / "in")
+        assert (report.imported, len(report.failed)) == (2, 0)
+        (warning,) = report.warnings
+        assert warning.input_file == str(tmp_path / "in" / "warned.dcm")
+        assert named in warning.reason
+        assert next(iter(change.values())) not in warning.reason
+        (file,) = (tmp_path / "store" / "s3" / "import-reports").rglob("warning.ndjson")
+        (line,) = (json.loads(text) for text in file.read_text().splitlines())
+        (told,) = line["importResponse"]["warnings"]
+        assert (told["warning_reason_code"], told["type"]) == (code, kind)
+        assert set(line["importResponse"]) == {"imageSetId", "imageSetVersion", "isPrimary", "warnings"}

@@ -29,6 +29,14 @@ _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _DISCARDED = 0xB006
 _BAD_UID = 0xB201
+_BAD_LENGTH = 0xB202
+_LONGEST = {  # characters that the service takes for the elements it handles specially
+    **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
+    "PatientBirthDate": 18,
+    "PatientSex": 16,
+    "StudyDate": 18,
+    "StudyTime": 28,
+}
 
 Json = dict[str, Any]
 
@@ -131,6 +139,9 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     bad = [keyword for keyword in _REQUIRED if set(levels.get(keyword)) - set("0123456789.")]
     if bad:
         instance.warnings.append(_warning(_BAD_UID, "InvalidUIDFormat", f"not a UID: {', '.join(bad)}"))
+    long = [keyword for keyword, most in _LONGEST.items() if len(str(levels.get(keyword) or "")) > most]
+    if long:
+        instance.warnings.append(_warning(_BAD_LENGTH, "InvalidValueLength", f"too long a value: {', '.join(long)}"))
     if pixel_data.has_pixels(dataset):
         _store_frames(dataset, uid, store, blobs, instance)
     return instance

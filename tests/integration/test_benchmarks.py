@@ -22,9 +22,18 @@ MEASURED = {
     },
     "warm_epoch": {"float32: FrameLoader": "frames/s", "float32: decode and convert": "frames/s"},
     "embedded_store": {"import": "files/s", "server CPU, 32 in flight, 0 ms latency": "ms/request"},
+    "decoded_epoch": {"FrameLoader": "frames/s", "open and preadv": "frames/s"},
+    "catalog_scale": {"GetImageSet, few": "ms, p50 of a round", "GetImageSet, many": "ms, p50 of a round"},
     "import_time": {"import ahi_ml, over it": "s"},
 }
-BUDGETS = {"cold_epoch": 7, "warm_epoch": 2, "embedded_store": 3, "import_time": 1}
+BUDGETS = {
+    "cold_epoch": 7,
+    "warm_epoch": 2,
+    "embedded_store": 3,
+    "decoded_epoch": 1,
+    "catalog_scale": 8,
+    "import_time": 1,
+}
 
 
 @pytest.fixture(autouse=True)

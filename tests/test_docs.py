@@ -46,7 +46,7 @@ def test_the_python_blocks_run(workplace: Path, entry_points_folder: Path) -> No
         "print(len(client.search_image_sets(datastoreId=store)['imageSetsMetadataSummaries']))\n"
     )
     blocks = _blocks("python")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     script = "import os\n" + "\n".join(blocks)
     script += "\nassert report.imported == 12 and len(table) == 12 and table['error'].isna().all()"
     script += "\nassert volume.shape[1:] == (128, 128) and len(train) + len(val) == 12\n"

@@ -595,7 +595,7 @@ def test_torchrun(store: DataStore, store_folder: Path, index: DatasetIndex, key
 class Transport:
     """A reader whose frames are there at once."""
 
-    def submit(self, sources: Any, options: Any, *, outs: Any = None, cache: Any = None) -> Transport.Batch:
+    def submit(self, sources: Any, options: Any, *, outs: Any = None, **caches: Any) -> Transport.Batch:
         for source, out in zip(sources, outs, strict=True):
             out[...] = source.checksum
         return self.Batch(outs)

@@ -438,6 +438,16 @@ class TestServe:
         with ahi_ml.connect(root / folder) as store:
             assert store.search().count() == 0
 
+    def test_another_address_only_when_asked_for(self, serving: Callable[..., Serving]) -> None:
+        def listening(server: Serving) -> set[str]:
+            found = psutil.Process(server.process.pid).net_connections()
+            return {each.laddr.ip for each in found if each.status == "LISTEN"}
+
+        assert listening(serving("at-home")) == {"127.0.0.1"}
+        abroad = serving("abroad", "--host", "127.0.0.2")
+        assert listening(abroad) == {"127.0.0.1", "127.0.0.2"}  # leases stay on this machine
+        assert "//127.0.0.2:" in abroad.variables["AWS_ENDPOINT_URL_MEDICAL_IMAGING"]
+
     def test_a_port_and_faults(self, root: Path, serving: Callable[..., Serving]) -> None:
         (root / "faults.json").write_text('{"latency_ms": 1}')
         first = serving("with-port", "--faults", "faults.json")

@@ -170,7 +170,7 @@ class TestDividedJobs:
         assert len(staged(tmp_path / "store")) == 6  # the jobs may still have been reading them
 
     def test_nothing_stays_staged_when_a_job_fails(self, tmp_path: Path, scans: Path) -> None:
-        faults = {"error_rate": 1, "operations": ["StartDICOMImportJob"]}
+        faults = {"quota_rate": 1, "operations": ["StartDICOMImportJob"]}  # which no client asks for again
         with ahi_ml.connect(tmp_path / "store", cache=tmp_path / "cache", faults=faults) as store:
             with pytest.raises(ServiceError):
                 store.import_dicom(scans, limits=JobLimits(files=2))

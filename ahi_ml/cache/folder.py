@@ -34,7 +34,7 @@ _MOST_BYTES = 50 * 10**9
 _FOLDERS = 256
 _WHOLE_BELOW = 4 * 10**9  # bytes: a listing of such a cache takes a fraction of a second
 _LOOK_AFTER = 1 / 32  # of a share written by one process
-_ABOVE = 15 / 16  # of a share: two processes that have not looked yet stay below the bound
+_ABOVE = 29 / 32  # of a share: two writers that have not looked yet, and what they write during a look, stay below it
 _DOWN_TO = 0.9
 _TOUCH_AFTER_S = 60.0
 

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +89,8 @@ class FrameDataset(Dataset[Item]):
         What becomes of pixels with the file's padding value.
     window : Window, optional
         For ``output="display"``.
+    reduce : int
+        Resolution levels to leave out; each halves rows and columns. See `ReadOptions`.
     cache : FrameCache, path or None
         ``store.cache`` by default; None reads without a cache.
     cache_decoded : bool
@@ -120,6 +121,7 @@ class FrameDataset(Dataset[Item]):
         dtype: Any = None,
         padding: Literal["keep", "mask"] | float = "keep",
         window: Window | None = None,
+        reduce: int = 0,
         cache: FrameCache | PathType | Literal["store"] | None = "store",
         cache_decoded: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
@@ -133,15 +135,11 @@ class FrameDataset(Dataset[Item]):
         steps, call = _divide_transform(transform)
         self._transform = None if call is None else SeededTransform(call, seed)
         self._epoch = SharedEpoch()
-        self.options = _TensorOptions(output, dtype, steps, padding, window, verify)
+        self.options = _TensorOptions(output, dtype, steps, padding, window, verify, reduce)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
         self.cache = (
-            store.cache
-            if cache == "store"
-            else FrameCache(Path(cache).expanduser())
-            if isinstance(cache, str | os.PathLike)
-            else cache
+            store.cache if cache == "store" else FrameCache.at(cache) if isinstance(cache, str | os.PathLike) else cache
         )
         self._derived = self._results() if cache_decoded else None
         self._on_error = on_error
@@ -159,6 +157,7 @@ class FrameDataset(Dataset[Item]):
             steps=options.steps,
             padding=options.padding,
             window=options.window,
+            reduce=options.reduce,
         )
         if described is None:
             _LOG.warning("images are not kept in the cache: a pixel step has no fingerprint that would tell a change")
@@ -253,7 +252,7 @@ class FrameDataset(Dataset[Item]):
         return [np.empty(shape, dtype) for shape, dtype in forms]
 
     def _form(self, source: FrameSource) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        shape = source.profile.shape(self.options.output)
+        shape = source.profile.shape(self.options.output, self.options.reduce)
         dtype = self.options.result_dtype(source.profile)
         return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), dtype
 

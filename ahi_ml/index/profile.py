@@ -115,11 +115,12 @@ class FrameProfile:
         """Whether values have three channels, once a palette is applied."""
         return self.pixels.samples > 1 or self.palette is not None
 
-    def shape(self, output: Output) -> tuple[int, ...]:
-        """Shape of a frame in an output: ``(rows, columns[, 3])``."""
+    def shape(self, output: Output, reduce: int = 0) -> tuple[int, ...]:
+        """Shape of a frame in an output: ``(rows, columns[, 3])``, so many resolution levels lower."""
+        pixels = self.pixels.reduced(reduce) if reduce else self.pixels
         if output == "stored" or not self.colour:
-            return self.pixels.shape
-        return (self.pixels.rows, self.pixels.columns, 3)
+            return pixels.shape
+        return (pixels.rows, pixels.columns, 3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,67 +12,23 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
-from ahi_ml.codec import crc32, decode
+from ahi_ml.codec import PixelFormat, crc32, decode
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
-from ahi_ml.pixels import Rescale, Window, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
 from ahi_ml.reader.batch import Batch, ReaderStats, Task
-from ahi_ml.types import AnyArray, Buffer, FrameStep, Output
+from ahi_ml.reader.options import ReadOptions
+from ahi_ml.reader.values import convert_values
+from ahi_ml.types import AnyArray, Buffer
 
 __all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """What a frame is turned into.
-
-    Parameters
-    ----------
-    output : {"stored", "modality", "display"}
-        Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
-        by the file's first window.
-    dtype : dtype, optional
-        Of the result: by default the stored dtype for "stored", else float32.
-    steps : tuple of FrameStep
-        Applied in place, in order, after the output.
-    padding : "keep", "mask" or float
-        Pixels equal to the file's padding value stay, become NaN, or become this value.
-    window : Window, optional
-        Instead of the file's own, for "display".
-    verify : bool
-        Whether to compare with the data store's checksums.
-    """
-
-    output: Output = "modality"
-    dtype: Any = None
-    steps: tuple[FrameStep, ...] = ()
-    padding: Literal["keep", "mask"] | float = "keep"
-    window: Window | None = None
-    verify: bool = True
-
-    def __post_init__(self) -> None:
-        if self.output not in ("stored", "modality", "display"):
-            raise ConfigError(f"output is 'stored', 'modality' or 'display', not {self.output!r}")
-        if isinstance(self.padding, str) and self.padding not in ("keep", "mask"):
-            raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
-        if self.output == "stored" and (self.steps or self.padding != "keep"):
-            raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
-        if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
-            raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
-
-    def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
-        """The dtype a frame of this profile comes out in. I/O: none."""
-        chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
-        dtype: np.dtype[Any] = np.dtype(chosen)
-        return dtype
 
 
 class Reader:
@@ -251,7 +207,7 @@ class Reader:
     def _form(self, task: Task) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of a task's result."""
         profile, options = task.source.profile, task.options
-        return profile.shape(options.output), options.result_dtype(profile)
+        return profile.shape(options.output, options.reduce), options.result_dtype(profile)
 
     def _digest(self, profile: FrameProfile) -> str:
         """What tells results apart besides the frame's id: its metadata may be edited, the id stays."""
@@ -349,7 +305,7 @@ class Reader:
         check = options.verify and not trusted and source.checksum is not None
         if check and profile.checksum_of == "bytes" and crc32(data) != source.checksum:
             raise self._mismatch(task, "encoded bytes")
-        shape, dtype = profile.shape(options.output), options.result_dtype(profile)
+        shape, dtype = self._form(task)
         out = task.out
         if out is None:
             out = np.empty(shape, dtype)
@@ -357,22 +313,26 @@ class Reader:
             raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {dtype}{shape}")
         direct = options.output == "stored" and dtype == profile.pixels.dtype and out.flags.c_contiguous
         try:
-            stored = decode(data, profile.syntax, profile.pixels, out=out if direct else self._scratch_array(profile))
+            place = out if direct else self._scratch_array(profile.pixels.reduced(options.reduce))
+            stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce)
         except DecodeError as error:
-            place = f"frame {source.frame_id} of image set {source.image_set_id}"
+            where = f"frame {source.frame_id} of image set {source.image_set_id}"
             raise type(error)(
-                f"{place}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
+                f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
             ) from error
-        if check and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
+        whole = options.reduce == 0
+        if check and whole and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
             raise self._mismatch(task, "decoded pixels")
         if not direct:
-            _convert_values(stored, profile, options, out)
-        verified = trusted or (check and profile.checksum_of != "unknown")
+            convert_values(stored, profile, options, out)
+        verified = trusted or (
+            check and (profile.checksum_of == "bytes" or (whole and profile.checksum_of == "samples"))
+        )
         return out, verified
 
-    def _scratch_array(self, profile: FrameProfile) -> AnyArray:
+    def _scratch_array(self, pixels: PixelFormat) -> AnyArray:
         """This thread's array of a shape: fresh pages cost as much as the conversion."""
-        key = (profile.pixels.shape, profile.pixels.dtype)
+        key = (pixels.shape, pixels.dtype)
         arrays = self._scratch.__dict__
         if arrays.get("key") != key:
             arrays["key"], arrays["array"] = key, np.empty(*key)
@@ -386,57 +346,3 @@ class Reader:
             image_set_id=source.image_set_id,
             frame_id=source.frame_id,
         )
-
-
-def _convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
-    if options.output == "stored":
-        _copy_exactly(stored, out)
-        return
-    if profile.colour:
-        rgb = _rgb(stored, profile)
-        if options.output == "display":
-            top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
-            np.divide(rgb, top, out=out, casting="unsafe")
-        else:
-            _copy_exactly(rgb, out)
-    else:
-        _grey(stored, profile, options, out)
-    for step in options.steps:
-        step.apply(out)
-
-
-def _copy_exactly(stored: AnyArray, out: AnyArray) -> None:
-    """Copy to another dtype; values that it cannot hold are an error, not other values."""
-    if not np.can_cast(stored.dtype, out.dtype) and out.dtype.kind in "iu" and stored.size:
-        limits, low, high = np.iinfo(out.dtype), stored.min(), stored.max()
-        if low < limits.min or high > limits.max:
-            raise ConfigError(f"values from {low} to {high} do not fit into {out.dtype}: choose a wider dtype")
-    np.copyto(out, stored, casting="unsafe")
-
-
-def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:
-    if profile.palette is not None:
-        return palette_to_rgb(stored, *profile.palette)
-    if profile.pixels.photometric in ("YBR_FULL", "YBR_FULL_422"):
-        return ybr_full_to_rgb(stored)
-    return stored
-
-
-def _grey(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
-    modality = profile.modality
-    modality.into(stored, out)
-    if profile.padding is not None and options.padding != "keep":
-        mask = padding_mask(
-            stored,
-            profile.padding[0],
-            profile.padding[1],
-            signed=profile.pixels.signed,
-            bits=profile.pixels.bits_stored,
-        )
-        out[mask] = np.nan if options.padding == "mask" else options.padding
-    if options.output != "display":
-        return
-    window = options.window or profile.voi or (profile.windows[0] if profile.windows else None)
-    bits, signed = profile.pixels.bits_stored, profile.pixels.signed
-    span = modality.value_range(bits, signed) if isinstance(modality, Rescale) else (0.0, float(2**modality.bits - 1))
-    to_display(out, window, invert=profile.inverted, value_range=span, out=out)

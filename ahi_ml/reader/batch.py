@@ -5,14 +5,11 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ahi_ml.cache import DerivedTier, Flights
 from ahi_ml.index import FrameSource
+from ahi_ml.reader.options import ReadOptions
 from ahi_ml.types import AnyArray
-
-if TYPE_CHECKING:
-    from ahi_ml.reader import ReadOptions
 
 __all__ = ["Batch", "ReaderStats", "Task"]
 

@@ -32,6 +32,7 @@ def open_volume(
     padding: Literal["keep", "mask"] | float = "keep",
     gaps: Literal["error", "fill", "keep"] = "error",
     verify: bool = True,
+    reduce: int = 0,
     cache: Any = "store",
 ) -> xr.DataArray:
     """Open a series as a volume. Pixels are read when the array is indexed, slice by slice.
@@ -47,6 +48,8 @@ def open_volume(
         A series UID (its latest primary image set), or an index of one series (the versions it pins).
     output, dtype, padding, verify
         See `ReadOptions`; modality values (HU for CT) as float32 by default.
+    reduce : int
+        Resolution levels to leave out: each doubles the spacing in plane; the first voxel stays where it is.
     gaps : {"error", "fill", "keep"}
         What to do when slices are missing: raise; insert them, marked in the coordinate
         ``slice_present``; or keep the irregular positions (and no affine).
@@ -74,9 +77,11 @@ def open_volume(
     index = _one_series(store, series)
     stack, index = stack_series(index, gaps=gaps)
     profile = index.profile(0)
-    options = ReadOptions(output=output, dtype=dtype, padding=padding, verify=verify)
+    options = ReadOptions(output=output, dtype=dtype, padding=padding, verify=verify, reduce=reduce)
     result_dtype = options.result_dtype(profile)
-    frame_shape = profile.shape(output)
+    frame_shape = profile.shape(output, reduce)
+    if reduce:
+        stack = replace(stack, geometry=stack.geometry.reduced(reduce))
     row = index.series.iloc[0]
     modality = row["Modality"] if isinstance(row["Modality"], str) else ""
     units = _units(index, modality) if output == "modality" else ("stored" if output == "stored" else "1")
@@ -102,7 +107,7 @@ def open_volume(
         dims=dims,
         coords=coords,
         name=modality or None,
-        attrs=_attributes(stack, index, units),
+        attrs={**_attributes(stack, index, units), "reduce": reduce},
     )
     for axis in ("z", "y", "x"):
         array[axis].attrs["units"] = "mm"

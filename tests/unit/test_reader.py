@@ -655,7 +655,7 @@ def test_closing_the_reader_gives_every_frame_an_outcome() -> None:
 
 
 def test_values_that_a_dtype_cannot_hold_are_an_error() -> None:
-    from ahi_ml.reader import _copy_exactly
+    from ahi_ml.reader.values import _copy_exactly
 
     out = np.empty((2, 2), np.int16)
     _copy_exactly(np.full((2, 2), 32_767, np.uint16), out)

@@ -1,0 +1,70 @@
+"""What a reader turns frames into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ahi_ml.errors import ConfigError
+from ahi_ml.index import FrameProfile
+from ahi_ml.pixels import Window
+from ahi_ml.types import FrameStep, Output
+
+__all__ = ["ReadOptions"]
+
+_MOST_REDUCED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a frame is turned into.
+
+    Parameters
+    ----------
+    output : {"stored", "modality", "display"}
+        Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
+        by the file's first window.
+    dtype : dtype, optional
+        Of the result: by default the stored dtype for "stored", else float32.
+    steps : tuple of FrameStep
+        Applied in place, in order, after the output.
+    padding : "keep", "mask" or float
+        Pixels equal to the file's padding value stay, become NaN, or become this value.
+    window : Window, optional
+        Instead of the file's own, for "display".
+    verify : bool
+        Whether to compare with the data store's checksums. They are of full frames: a reduced one counts
+        as verified only when its frame was so when it was cached.
+    reduce : int
+        Resolution levels to leave out: each halves rows and columns, rounded up. What comes is the low-pass
+        image of the wavelet that frames are stored with, whatever stored them; masks and palette
+        indices are sampled.
+    """
+
+    output: Output = "modality"
+    dtype: Any = None
+    steps: tuple[FrameStep, ...] = ()
+    padding: Literal["keep", "mask"] | float = "keep"
+    window: Window | None = None
+    verify: bool = True
+    reduce: int = 0
+
+    def __post_init__(self) -> None:
+        if self.output not in ("stored", "modality", "display"):
+            raise ConfigError(f"output is 'stored', 'modality' or 'display', not {self.output!r}")
+        if isinstance(self.reduce, bool) or not isinstance(self.reduce, int) or not 0 <= self.reduce <= _MOST_REDUCED:
+            raise ConfigError(f"reduce is a number of resolution levels from 0 to {_MOST_REDUCED}, not {self.reduce!r}")
+        if isinstance(self.padding, str) and self.padding not in ("keep", "mask"):
+            raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
+        if self.output == "stored" and (self.steps or self.padding != "keep"):
+            raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
+        if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
+            raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
+
+    def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
+        """The dtype a frame of this profile comes out in. I/O: none."""
+        chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
+        dtype: np.dtype[Any] = np.dtype(chosen)
+        return dtype

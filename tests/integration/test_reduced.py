@@ -110,7 +110,6 @@ def test_real_slices(shared_data: Path, tmp_path: Path) -> None:
         apart = [float(np.abs(half.values - full.values[:, j::2, i::2]).mean()) for j in (0, 1) for i in (0, 1)]
         assert apart[0] < 15  # HU
         assert apart[0] == min(apart), "low-pass samples sit on the even ones"
-        assert half.values.min() >= full.values.min() - 50
 
 
 @pytest.mark.parametrize("level", [-1, 9, True, 1.0, "1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FileFailure", "ImportPlaces", "ImportReport", "run_import"]
 
+_LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
 _SLOWEST_POLL_S = 5.0
 _REPORT_WAIT_S = 30.0
@@ -175,6 +177,9 @@ class _Jobs:
             report = self.run(part.uri, part.paths, wait=wait, silent=silent)
         except AhiError:
             staging.remove(part)
+            raise
+        except BaseException:  # interrupted: the job may be reading them
+            _LOG.warning("uploaded files stay at %s: remove them when the import job has ended", part.uri)
             raise
         if wait:
             staging.remove(part)

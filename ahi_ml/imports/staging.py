@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,9 @@ class Staging:
     def remove(self, part: StagedPart) -> None:
         """Take a part's files away again. I/O: a request for each 1,000, or the folder."""
         if self._root is not None:
-            shutil.rmtree(self._root / self._prefix, ignore_errors=True)
+            shutil.rmtree(self._root / part.uri.removeprefix(f"s3://{self._bucket}/"), ignore_errors=True)
+            with suppress(OSError):  # other parts lie there still
+                (self._root / self._prefix).rmdir()
             return
         with translated("DeleteObjects", part.uri):
             for keys in _pieces(list(part.paths), _DELETED_AT_ONCE):

@@ -176,6 +176,33 @@ class TestDividedJobs:
                 store.import_dicom(scans, limits=JobLimits(files=2))
             assert staged(tmp_path / "store") == []
 
+    def test_an_interrupt_says_what_stays_where(
+        self, tmp_path: Path, store: ahi_ml.DataStore, scans: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def interrupted(**asked: Any) -> Any:
+            raise KeyboardInterrupt
+
+        store.client.get_dicom_import_job = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            store.import_dicom(scans, limits=JobLimits(files=2))
+        assert len(staged(tmp_path / "store")) == 2
+        assert "s3://import-staging/" in caplog.text
+        assert "DOE" not in caplog.text
+
+    def test_a_later_job_that_fails_leaves_the_others_their_files(
+        self, tmp_path: Path, store: ahi_ml.DataStore, scans: Path
+    ) -> None:
+        start, started = store.client.start_dicom_import_job, []
+
+        def failing(**asked: Any) -> Any:
+            started.append(asked)
+            return start(**{**asked, **({"inputS3Uri": "nonsense"} if len(started) > 1 else {})})
+
+        store.client.start_dicom_import_job = failing
+        with pytest.raises(ServiceError):
+            store.import_dicom(scans, limits=JobLimits(files=2), wait=False)
+        assert len(staged(tmp_path / "store")) == 2
+
     def test_jobs_of(self) -> None:
         files = [LocalFile(Path(str(number)), size) for number, size in enumerate([5, 5, 5, 1, 1, 9, 10, 3])]
 

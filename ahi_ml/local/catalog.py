@@ -114,6 +114,12 @@ class Catalog:
             if self._depth == 0:
                 self._db.execute("COMMIT")
 
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Nothing changes between the reads inside: all of them see one state. I/O: none of its own."""
+        with self._lock:
+            yield
+
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db.execute(sql, values).fetchall()

@@ -678,8 +678,9 @@ def test_memory_of_workers_is_flat(shuffle: Any, tmp_path: Path) -> None:
         assert len(workers) == 2
         used.append([psutil.Process(pid).memory_full_info().uss for pid in workers])
         here.append(psutil.Process().memory_info().rss)  # what of it is shared with workers changes
-    grown = np.array(used[-1]) - np.array(used[0])
-    assert grown.max() < 2 * 2**20, used
+    # A full collection in the third epoch touches, once, what the parent has loaded; nothing grows after it.
+    assert (np.array(used[-1]) - used[0]).max() < 4 * 2**20, used
+    assert (np.array(used[-1]) - used[2]).max() < 2**19, used
     assert here[-1] - here[0] < 4 * 2**20, here
 
 

@@ -110,8 +110,9 @@ def _summary(found: ImageSet) -> Json:
 
 def get_image_set(context: Context, params: Json) -> Json:
     """The properties of an image set at a version, the latest by default."""
-    found = context.image_set(params["datastoreId"], params["imageSetId"], deleted=True)
-    version = _version(context, found, params)
+    with context.catalog.steady():
+        found = context.image_set(params["datastoreId"], params["imageSetId"], deleted=True)
+        version = _version(context, found, params)
     return {
         "datastoreId": found.datastore_id,
         "imageSetId": found.id,
@@ -140,9 +141,10 @@ def _version(context: Context, found: ImageSet, params: Json) -> Version:
 
 def get_image_set_metadata(context: Context, params: Json) -> Json:
     """The metadata document at a version, gzipped."""
-    found = context.image_set(params["datastoreId"], params["imageSetId"])
-    version = _version(context, found, params)
-    body = context.catalog.document(found.id, version.version)
+    with context.catalog.steady():  # or a deletion in between would look like metadata that is not ready
+        found = context.image_set(params["datastoreId"], params["imageSetId"])
+        version = _version(context, found, params)
+        body = context.catalog.document(found.id, version.version)
     unready_s = context.injector.faults.unready_s
     imported = version.workflow in ("CREATED", "IMPORTED")
     if body is None or (unready_s and imported and context.clock() - version.updated < unready_s):
@@ -165,13 +167,14 @@ def get_image_frame(context: Context, params: Json) -> Json:
 
 def list_image_set_versions(context: Context, params: Json) -> Json:
     """A page of versions, newest first, failed attempts included."""
-    found = context.image_set(params["datastoreId"], params["imageSetId"], deleted=True)
-    versions, token = context.page(
-        params,
-        lambda after, limit: context.catalog.versions(found.id, before=after[0] if after else None, limit=limit),
-        lambda version: (version.version,),
-        bound_to=["ListImageSetVersions", found.id],
-    )
+    with context.catalog.steady():
+        found = context.image_set(params["datastoreId"], params["imageSetId"], deleted=True)
+        versions, token = context.page(
+            params,
+            lambda after, limit: context.catalog.versions(found.id, before=after[0] if after else None, limit=limit),
+            lambda version: (version.version,),
+            bound_to=["ListImageSetVersions", found.id],
+        )
     return {
         "imageSetPropertiesList": [
             {

@@ -218,6 +218,16 @@ class TestTransactions:
         reader.join()
         assert seen == [[]]
 
+    def test_reads_in_a_steady_moment_see_one_state(self, catalog: Catalog) -> None:
+        writer = threading.Thread(target=catalog.save_datastore, args=(STORE,))
+        with catalog.steady():
+            before = catalog.datastores()
+            writer.start()
+            writer.join(0.1)
+            assert (catalog.datastores(), before) == ([], [])
+        writer.join()
+        assert catalog.datastores() == [STORE]
+
 
 def find(catalog: Catalog, *, order: str = "updated", down: bool = False, **asked: Any) -> list[str]:
     asked = {"after": None, "limit": 50, **asked}

@@ -1,7 +1,8 @@
 """A warm epoch: every frame from the cache of encoded frames on disk, through `FrameLoader`.
 
 The baseline decodes the same frames from memory with OpenJPH on as many threads, straight into a
-batch used over and over, and does nothing else; for float32 it converts as well.
+batch used over and over, and does nothing else; for float32 it converts as well. Epochs at lower
+resolutions are compared with the full one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class _Size:
 
 
 _SIZES = {"toy": _Size(16, 2, 4, 1), "small": _Size(164, 7, 32, 3), "full": _Size(512, 9, 32, 3)}
-_OUTPUTS = ("modality", "stored")
+_OUTPUTS = {"float32": "modality", "stored": "stored"}
+_AT_LEAST = {1: 3.5, 2: 10.0}  # how much faster an epoch is so many resolution levels lower
 
 
 def run(size: str = "small", rounds: int | None = None) -> dict[str, Any]:
@@ -54,6 +56,11 @@ def run(size: str = "small", rounds: int | None = None) -> dict[str, Any]:
         ),
         Ratio("stored: FrameLoader / decode", _over(speeds, "stored", "decode"), at_least=0.93),
         Ratio("stored: FrameLoader / decode and CRC", _over(speeds, "stored", "decode and CRC")),
+        *(
+            Ratio(f"{name}: reduce={level} / full", _over(speeds, name, _FULL, _at(level)), at_least=budget)
+            for name in _OUTPUTS
+            for level, budget in _AT_LEAST.items()
+        ),
         Ratio("float32, CPU: decode and convert / FrameLoader", 1 / _over(cpu, "float32", "decode and convert")),
         Ratio("stored, CPU: decode / FrameLoader", 1 / _over(cpu, "stored", "decode")),
     ]
@@ -68,8 +75,15 @@ def run(size: str = "small", rounds: int | None = None) -> dict[str, Any]:
     return result("warm_epoch", size, parameters, [*speeds.values(), *cpu.values()], ratios)
 
 
-def _over(measured: dict[str, Measurement], output: str, baseline: str) -> float:
-    return measured[f"{output}: FrameLoader"].p50 / measured[f"{output}: {baseline}"].p50
+_FULL = "FrameLoader"
+
+
+def _at(level: int) -> str:
+    return f"{_FULL}, reduce={level}" if level else _FULL
+
+
+def _over(measured: dict[str, Measurement], output: str, baseline: str, ours: str = _FULL) -> float:
+    return measured[f"{output}: {ours}"].p50 / measured[f"{output}: {baseline}"].p50
 
 
 def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[float, float]]], int]:
@@ -80,11 +94,14 @@ def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[
     cache = FrameCache(prepared.folder.parent / "cache")
     with ahi_ml.connect(prepared.folder, cache=cache.folder) as store:
         loaders = {
-            output: ahi_ml.FrameLoader(ahi_ml.FrameDataset(store, index, output=output, cache=cache), asked.batch_size)
-            for output in _OUTPUTS
+            f"{name}: {_at(level)}": ahi_ml.FrameLoader(
+                ahi_ml.FrameDataset(store, index, output=output, cache=cache, reduce=level), asked.batch_size
+            )
+            for level in (0, *_AT_LEAST)  # full frames first: they are verified when they are cached
+            for name, output in _OUTPUTS.items()
         }
         sources = index.sources()
-        for loader in loaders.values():  # the first fills the cache; both make their buffers
+        for loader in loaders.values():  # the first fills the cache; all make their buffers
             _epoch(loader)
         bodies = [bytes(_entry(cache, store, source.frame_id)) for source in sources] * asked.repeat
         shape = sources[0].profile.pixels.shape
@@ -92,9 +109,8 @@ def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[
         stored = np.zeros((asked.batch_size, *shape), np.int16)
         intercept = sources[0].profile.modality.intercept
         works = {
-            "float32: FrameLoader": partial(_epochs, loaders["modality"], asked.repeat),
+            **{name: partial(_epochs, loader, asked.repeat) for name, loader in loaders.items()},
             "float32: decode and convert": partial(floors.decode_all, bodies, floating, intercept, threads),
-            "stored: FrameLoader": partial(_epochs, loaders["stored"], asked.repeat),
             "stored: decode": partial(floors.decode_all, bodies, stored, None, threads),
             "stored: decode and CRC": partial(floors.decode_all, bodies, stored, None, threads, verify=True),
         }

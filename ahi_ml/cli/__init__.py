@@ -298,6 +298,7 @@ def show(
     series_uid: Annotated[str, typer.Argument(help="Series Instance UID.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("volume.png"),
     window: Annotated[str | None, typer.Option(help="Window preset, such as lung.")] = None,
+    reduce: Annotated[int, typer.Option(help="Resolution levels to leave out; each halves both sides.")] = 0,
     region: Region = None,
     profile: Profile = None,
     endpoint_url: EndpointUrl = None,
@@ -310,7 +311,7 @@ def show(
     from ahi_ml.volume import open_volume
 
     with _open(target, region, profile, endpoint_url, True) as store:
-        montage(open_volume(store, series_uid), window=window).savefig(out, dpi=110, facecolor="black")
+        montage(open_volume(store, series_uid, reduce=reduce), window=window).savefig(out, dpi=110, facecolor="black")
     sys.stdout.write(f"{out}\n")
 
 

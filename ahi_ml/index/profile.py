@@ -15,6 +15,9 @@ from ahi_ml.types import Output
 
 __all__ = ["FrameProfile", "FrameSource"]
 
+# Label Map Segmentation Storage: the SOP class of segmentations whose Segmentation Type is LABELMAP.
+_LABEL_MAPS = "1.2.840.10008.5.1.4.1.1.66.7"
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -83,6 +86,7 @@ class FrameProfile:
             bits_stored=row["BitsStored"] or row["BitsAllocated"],
             signed=signed,
             photometric=row["PhotometricInterpretation"] or "",
+            labels=row["SOPClassUID"] == _LABEL_MAPS,
         )
         rescale = Rescale.from_tags(row["RescaleSlope"], row["RescaleIntercept"])
         try:

@@ -76,7 +76,7 @@ class Reader:
         options : ReadOptions
             What to make of it.
         outs : sequence of ndarray, optional
-            One array a frame, ``profile.shape(output)`` and the result's dtype, to write into.
+            One array a frame, ``profile.shape(output, reduce)`` and the result's dtype, to write into.
         cache : FrameCache, optional
             Looked into first and filled.
         derived : DerivedTier, optional

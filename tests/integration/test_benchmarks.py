@@ -28,7 +28,7 @@ MEASURED = {
 }
 BUDGETS = {
     "cold_epoch": 7,
-    "warm_epoch": 2,
+    "warm_epoch": 6,
     "embedded_store": 3,
     "decoded_epoch": 1,
     "catalog_scale": 8,

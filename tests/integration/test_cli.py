@@ -273,6 +273,9 @@ class TestMainJob:
         done = run("show", "store", "2.25.1", "-o", "series.png", "--window", "lung")
         assert done.stdout == "series.png\n"
         assert (root / "series.png").read_bytes().startswith(b"\x89PNG")
+        run("show", "store", "2.25.1", "-o", "half.png", "--reduce", "1")
+        assert (root / "half.png").read_bytes().startswith(b"\x89PNG")
+        assert "reduce" in run("show", "store", "2.25.1", "--reduce", "9", code=2).stderr
 
     def test_features(self, run: Run, root: Path, indexed: Path) -> None:
         run("index", "store", "-o", "ct.arrow", "--modality", "CT")

@@ -29,6 +29,7 @@ from pydicom.uid import (
 )
 
 from ahi_ml.cache import FrameCache
+from ahi_ml.codec.wavelet import low_pass
 from ahi_ml.errors import (
     ConfigError,
     DuplicateSliceError,
@@ -287,6 +288,55 @@ class TestPhantom:
         np.testing.assert_allclose(volume.attrs["spacing"], (STEP, *PIXEL), atol=1e-6)
         assert volume.attrs["kind"] == "regular"
         assert volume.attrs["affine"].dtype == np.float64
+
+    @pytest.mark.parametrize("reduce", [0, 1, 2, 3, 8])
+    def test_lower_resolutions_stay_in_place(self, volume_of: Open, reduce: int) -> None:
+        full, small = volume_of("oblique"), volume_of("oblique", reduce=reduce)
+        step = 2**reduce
+        assert small.shape == (SHAPE[0], -(-SHAPE[1] // step), -(-SHAPE[2] // step))
+        assert small.attrs["reduce"] == reduce
+        assert small.attrs["affine"].dtype == np.float64
+        np.testing.assert_allclose(small.attrs["spacing"], (STEP, PIXEL[0] * step, PIXEL[1] * step), atol=1e-6)
+        index = np.moveaxis(np.indices(small.shape), 0, -1)
+        placed = np.concatenate([index, np.ones_like(index[..., :1])], axis=-1) @ small.attrs["affine"].T
+        sampled = np.concatenate([index * (1, step, step), np.ones_like(index[..., :1])], axis=-1)
+        np.testing.assert_allclose(placed, sampled @ full.attrs["affine"].T, atol=1e-6)
+        for name, every in (("z", 1), ("y", step), ("x", step)):
+            np.testing.assert_allclose(small[name].values, full[name].values[::every], atol=1e-6)
+
+    @pytest.mark.parametrize("reduce", [1, 2])
+    def test_values_that_say_their_place_say_it_when_reduced(self, volume_of: Open, reduce: int) -> None:
+        step = 2**reduce
+        small = volume_of("oblique", output="stored", dtype="float64", reduce=reduce).values
+        sampled = encoded()[:, ::step, ::step]
+        # The low-pass of a slope is the slope; only the mirror image at a far border bends it, here by less than 1.
+        assert np.abs(small - sampled).max() <= 1
+
+    def test_slabs_and_missing_slices_at_lower_resolution(self, volume_of: Open) -> None:
+        small = volume_of("oblique", reduce=1)
+        np.testing.assert_array_equal(small[3:6, 1, ::-1].values, small.values[3:6, 1, ::-1])
+        filled = volume_of("gap", gaps="fill", reduce=1)
+        assert filled.shape == small.shape
+        assert (filled.values[3:5] == -1024).all()
+        np.testing.assert_array_equal(filled.values[5:], small.values[5:])
+        kept = volume_of("gap", gaps="keep", reduce=1)
+        assert "affine" not in kept.attrs
+        np.testing.assert_allclose(kept["x"].values, small["x"].values)
+
+    @pytest.mark.parametrize("series", ["pet", "enhanced"])
+    def test_every_frame_has_its_own_rescale_at_lower_resolution(
+        self, store: DataStore, index: DatasetIndex, volume_of: Open, series: str
+    ) -> None:
+        small, stored = (volume_of(series, output=output, reduce=1) for output in ("modality", "stored"))
+        part, order = index.where(series_instance_uid=uid_of(series)), stored.shape[0]
+        rescales = [part.profile(row).modality for row in range(len(part))]
+        by_slice = rescales if series == "pet" else rescales[::-1]
+        if series == "pet":
+            numbers = part.column("InstanceNumber").to_pylist()
+            by_slice = [rescales[numbers.index(k + 1)] for k in range(order)]
+        for values, raw, rescale in zip(small.values, stored.values, by_slice, strict=True):
+            np.testing.assert_allclose(values, raw * rescale.slope + rescale.intercept, rtol=1e-6)
+        assert len({rescale.slope for rescale in by_slice}) == order
 
     def test_sel_finds_by_millimetres(self, volume_of: Open) -> None:
         volume = volume_of("oblique")
@@ -611,6 +661,16 @@ class TestRealSeries:
         assert [float(volume.min()), float(volume.max())] == other["range"]
         assert volume.attrs["spacing"] == pytest.approx((5.0, 0.796875, 0.796875))
         assert volume.attrs["units"] == "HU"
+
+    @pytest.mark.parametrize("name", ["ct-abdomen-41", "ct-head-phantom-tilt-20", "ct-pet-mr-rt-sts002/MR_T1"])
+    def test_lower_resolution_is_the_low_pass_of_each_slice(self, real: Open, shared_data: Path, name: str) -> None:
+        full, small = (real(name, output="stored", reduce=level) for level in (0, 1))
+        first = pydicom.dcmread(next((shared_data / name).glob("*.dcm")), stop_before_pixels=True)
+        signed, bits = first.PixelRepresentation, first.BitsStored
+        limits = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+        for whole, half in zip(full.values, small.values, strict=True):
+            np.testing.assert_array_equal(half, low_pass(whole, 1).clip(*limits))
+        np.testing.assert_allclose(small.attrs["affine"], full.attrs["affine"] @ np.diag([1, 2, 2, 1]))
 
     def test_a_tilted_gantry(self, real: Open) -> None:
         volume = real("ct-head-phantom-tilt-20")

@@ -24,7 +24,7 @@ from pydicom.pixels import (
 )
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32
+from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, pack_bits
 from ahi_ml.errors import (
     ChecksumError,
     ConfigError,
@@ -603,6 +603,105 @@ class TestValues:
         np.testing.assert_allclose(shown, expected / 65535, atol=1e-6)
 
 
+class TestLowerResolutions:
+    """What the wavelet makes is the codec's to prove; here, that every option works on what it made."""
+
+    def read(self, reader_of: Any, image: np.ndarray, options: ReadOptions, **attributes: Any) -> np.ndarray:
+        source = source_of("f" * 32, image, **attributes)
+        return one(reader_of({source.frame_id: image.tobytes()}).read([source], options))
+
+    @pytest.mark.parametrize("reduce", range(9))
+    @pytest.mark.parametrize("dtype", ["int16", "uint16", "uint8"])
+    def test_shapes_and_values_of_every_level(self, reader_of: Callable[..., Reader], dtype: str, reduce: int) -> None:
+        image = random_image(1, dtype)
+        expected = decode(image.tobytes(), EXPLICIT_LE, profile_of(image).pixels, reduce=reduce)
+        options = replace(STORED, reduce=reduce)
+        read = self.read(reader_of, image, options)
+        assert read.shape == (-(-12 // 2**reduce), -(-17 // 2**reduce))
+        np.testing.assert_array_equal(read, expected)
+        read = self.read(reader_of, image, replace(options, output="modality"), RescaleSlope=2.0, RescaleIntercept=-5.0)
+        np.testing.assert_array_equal(read, expected.astype(np.float32) * 2 - 5)
+
+    def test_colour_palettes_and_single_bits(self, reader_of: Callable[..., Reader]) -> None:
+        options = ReadOptions(reduce=1)
+        rgb = np.full((12, 17, 3), (250, 3, 90), np.uint8)
+        np.testing.assert_array_equal(self.read(reader_of, rgb, options), rgb[::2, ::2])
+        indices = random_image(2, "uint8")
+        palette: dict[str, Any] = {}
+        for name in ("Red", "Green", "Blue"):
+            palette[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+            palette[f"{name}PaletteColorLookupTableData"] = random_image(3, "uint16", (256,)).tolist()
+        attributes = {"PhotometricInterpretation": "PALETTE COLOR", "lookup_tables": json_of({"Palette": palette})}
+        full = self.read(reader_of, indices, ReadOptions(), **attributes)
+        np.testing.assert_array_equal(self.read(reader_of, indices, options, **attributes), full[::2, ::2])
+        mask = random_image(4, "uint8") & 1
+        blob = pack_bits(mask)
+        source = FrameSource(IMAGE_SET, "1" * 32, crc32(blob), profile_of(mask, BitsAllocated=1, BitsStored=1))
+        reader = reader_of({source.frame_id: blob})
+        np.testing.assert_array_equal(one(reader.read([source], replace(STORED, reduce=2))), mask[::4, ::4])
+        assert reader.stats()["verified"] == 1, "the checksum is of the bytes"
+
+    def test_padding_and_windows(self, reader_of: Callable[..., Reader]) -> None:
+        image = np.full((16, 16), 100, np.int16)
+        image[:8] = -2000
+        read = self.read(reader_of, image, ReadOptions(padding="mask", reduce=1), PixelPaddingValue=-2000)
+        assert np.isnan(read[:3]).all()
+        assert (read[5:] == 100).all()
+        shown = ReadOptions(output="display", window=Window(100, 100), reduce=1)
+        read = self.read(reader_of, image, shown)
+        assert (read[:3] == 0).all()
+        assert read[5:] == pytest.approx(0.5, abs=0.01)
+
+    def test_what_was_never_compared_is_unverified(self, reader_of: Callable[..., Reader], cache: FrameCache) -> None:
+        _, (source,), blobs = raw_frames(1)
+        half = replace(STORED, reduce=1)
+        reader = reader_of(blobs)
+        for _ in range(2):  # from the network, then from the cache
+            reader.read([source], half, cache=cache)
+        stats = reader.stats()
+        assert (stats["fetched"], stats["cached"], stats["verified"], stats["unverified"]) == (1, 1, 0, 2)
+        entry = cache.get(STORE, source.frame_id)
+        assert entry is not None
+        assert not entry.verified
+
+    def test_a_full_read_compares_what_a_smaller_one_cached(
+        self, reader_of: Callable[..., Reader], cache: FrameCache
+    ) -> None:
+        images, (source,), blobs = raw_frames(1)
+        blob = blobs[source.frame_id]
+        reader = reader_of({source.frame_id: [blob[:7] + bytes([blob[7] ^ 4]) + blob[8:], blob]})
+        reader.read([source], replace(STORED, reduce=1), cache=cache)
+        np.testing.assert_array_equal(one(reader.read([source], STORED, cache=cache)), images[source.frame_id])
+        assert reader.stats()["verified"] == 1
+
+    def test_what_was_verified_when_cached_stays_so(self, reader_of: Callable[..., Reader], cache: FrameCache) -> None:
+        _, (source,), blobs = raw_frames(1)
+        reader = reader_of(blobs)
+        reader.read([source], STORED, cache=cache)
+        reader.read([source], replace(STORED, reduce=3), cache=cache)
+        assert (reader.stats()["verified"], reader.stats()["unverified"]) == (2, 0)
+
+    def test_too_short_is_fetched_again_then_raised(self, reader_of: Callable[..., Reader]) -> None:
+        image = random_image(5, shape=(64, 64))
+        blob = bytes(imagecodecs.htj2k_encode(image, reversible=True, tlm=True, tilepart=1, resolutions=4))
+        source = source_of("f" * 32, image, StoredTransferSyntaxUID=HTJ2K_LOSSLESS_RPCL)
+        expected = decode(blob, HTJ2K_LOSSLESS_RPCL, source.profile.pixels, reduce=1)
+        half = replace(STORED, reduce=1)
+        reader = reader_of({source.frame_id: [blob[:300], blob]})
+        np.testing.assert_array_equal(one(reader.read([source], half)), expected)
+        assert reader.stats()["refetched"] == 1
+        served = Served({source.frame_id: blob[:300]})
+        with pytest.raises(DecodeError, match=source.frame_id):
+            reader_of(served).read([source], half)
+        assert len(served.requests) == 2
+
+    def test_label_maps_are_sampled(self, reader_of: Callable[..., Reader]) -> None:
+        image = random_image(6, "uint8")
+        label_map = "1.2.840.10008.5.1.4.1.1.66.7"
+        read = self.read(reader_of, image, replace(STORED, reduce=1), SOPClassUID=label_map)
+        np.testing.assert_array_equal(read, image[::2, ::2])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -610,6 +709,9 @@ class TestValues:
         {"padding": "drop"},
         {"output": "stored", "padding": 0.0},
         {"output": "stored", "steps": (Scale(0, 1),)},
+        {"reduce": -1},
+        {"reduce": 9},
+        {"reduce": 0.5},
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:

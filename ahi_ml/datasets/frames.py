@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ahi_ml.cache import DerivedTier, FrameCache, recipe
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
-from ahi_ml.errors import AhiError, ConfigError, DataError
+from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
 from ahi_ml.pixels import Window
 from ahi_ml.reader import Batch, ReadOptions
@@ -30,7 +30,10 @@ Item = dict[str, Any]
 Transform = Callable[..., Item]
 
 # torch has no arithmetic for the wider unsigned types.
-_TORCH_SAFE: dict[str, np.dtype[Any]] = {"uint16": np.dtype(np.int32), "uint32": np.dtype(np.int64)}
+_TORCH_SAFE: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.uint16): np.dtype(np.int32),
+    np.dtype(np.uint32): np.dtype(np.int64),
+}
 _SKIP_RATE = 0.01
 _SKIP_GRACE = 5
 
@@ -42,15 +45,27 @@ class _TensorOptions(ReadOptions):
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         dtype = super().result_dtype(profile)
-        return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype.name, dtype)
+        return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype, dtype)
 
 
 @dataclass(eq=False)
 class PendingBatch:
-    """Items under way: rows, the arrays they are read into, the reader's batch; the epoch, if not the dataset's."""
+    """Items under way.
+
+    Parameters
+    ----------
+    rows : ndarray of int
+        Which.
+    images : ndarray or list of ndarray
+        What they are read into, channels first: one array if they are of one form.
+    batch : Batch
+        The reader's.
+    epoch : int, optional
+        If not the dataset's.
+    """
 
     rows: AnyArray
-    arrays: list[AnyArray]
+    images: AnyArray | list[AnyArray]
     batch: Batch
     epoch: int | None = None
 
@@ -238,47 +253,72 @@ class FrameDataset(Dataset[Item]):
             raise IndexError(f"row {int(numbers.max())} of a dataset of {len(self)} frames")
         numbers = np.where(numbers < 0, numbers + len(self), numbers)
         sources = self.index.sources(numbers)
-        arrays = self._allocate(sources, allocate)
-        outs = [_channels_last(array) for array in arrays]
+        images = self._allocate(sources, allocate)
+        if isinstance(images, np.ndarray):
+            outs = list(_channels_last(images))
+        else:
+            outs = [_channels_last(image) for image in images]
         batch = self.store.reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
-        return PendingBatch(numbers, arrays, batch)
+        return PendingBatch(numbers, images, batch)
 
-    def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> list[AnyArray]:
-        # What cannot be decoded has no form; its error is the reader's to give, and items' to handle.
-        forms = [((1, 1, 1), np.dtype(np.uint8)) if source.problem else self._form(source) for source in sources]
-        if forms and all(form == forms[0] for form in forms):
-            shape, dtype = forms[0]
-            return list(allocate((len(forms), *shape), dtype))
-        return [np.empty(shape, dtype) for shape, dtype in forms]
+    def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
+        kinds = {id(source.kind): source.kind for source in sources}
+        forms = {key: self._form(kind) for key, kind in kinds.items()}
+        if len(set(forms.values())) == 1:
+            shape, dtype = next(iter(forms.values()))
+            return allocate((len(sources), *shape), dtype)
+        return [np.empty(*forms[id(source.kind)]) for source in sources]
 
-    def _form(self, source: FrameSource) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        shape = source.profile.shape(self.options.output, self.options.reduce)
-        dtype = self.options.result_dtype(source.profile)
-        return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), dtype
+    def _form(self, kind: FrameProfile | MetadataError) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        if isinstance(kind, MetadataError):
+            # What cannot be decoded has no form; its error is the reader's to give, and items' to handle.
+            return (1, 1, 1), np.dtype(np.uint8)
+        shape = kind.shape(self.options.output, self.options.reduce)
+        return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), self.options.result_dtype(kind)
 
     def items(self, pending: PendingBatch) -> list[Item]:
         """Wait for rows that were submitted and make their items. I/O: waits."""
-        outcomes = pending.batch.outcomes()
-        rows = pending.rows
-        for slot, outcome in enumerate(outcomes):
-            if isinstance(outcome, BaseException):
-                rows = self._replace(pending, rows, slot, outcome)
-        self._read += len(rows)
+        rows = self._arrived(pending)
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
         still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
+        ids = self.index.ids(rows)
         items: list[Item] = []
-        for row, array, details in zip(rows, pending.arrays, self.index.details(rows), strict=True):
-            item: Item = {
-                "image": torch.from_numpy(array),
-                "key": f"{details['image_set_id']}/{details['sop_instance_uid']}/{details['frame_number']}",
-                "meta": details,
-            }
+        for row, image, key, *values in zip(rows, pending.images, _keys(ids), *ids.values(), strict=True):
+            meta = dict(zip(ids, values, strict=True))
+            item: Item = {"image": torch.from_numpy(image), "key": key, "meta": meta}
             if self._target is not None:
                 item["target"] = self._target_of(int(row), item)
             items.append(
                 item if self._transform is None else self._transform(item, epoch, stands_still=still and not items)
             )
         return items
+
+    def collated(self, pending: PendingBatch) -> dict[str, Any]:
+        """Wait for rows that were submitted, and collate their items as torch does, images left out. I/O: waits.
+
+        For data sets whose items no callable sees (`transforms_items`): theirs need not be made one by one, which
+        would cost more than reading a decoded frame.
+        """
+        rows = self._arrived(pending)
+        ids = self.index.ids(rows)
+        batch = {"key": _keys(ids), "meta": {name: default_collate(values) for name, values in ids.items()}}
+        if self._target is None:
+            return batch
+        targets = [
+            self._target_of(int(row), {"key": key, "meta": dict(zip(ids, values, strict=True))})
+            for row, key, *values in zip(rows, batch["key"], *ids.values(), strict=True)
+        ]
+        return {**batch, "target": default_collate(targets)}
+
+    def _arrived(self, pending: PendingBatch) -> AnyArray:
+        """The rows of a batch once its frames are there: others in place of those that are skipped."""
+        rows, outcomes = pending.rows, pending.batch.outcomes()
+        if pending.batch.failed:
+            for slot, outcome in enumerate(outcomes):
+                if isinstance(outcome, BaseException):
+                    rows = self._replace(pending, rows, slot, outcome)
+        self._read += len(rows)
+        return rows
 
     def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:
         if self._on_error == "raise" or not isinstance(error, AhiError):
@@ -294,7 +334,8 @@ class FrameDataset(Dataset[Item]):
             other = self.submit([(row + step) % len(self)])
             outcome = other.batch.outcomes()[0]
             if not isinstance(outcome, BaseException):
-                pending.arrays[slot] = other.arrays[0]
+                pending.images = list(pending.images)
+                pending.images[slot] = other.images[0]
                 rows = rows.copy()
                 rows[slot] = other.rows[0]
                 return rows
@@ -315,6 +356,12 @@ class FrameDataset(Dataset[Item]):
         )
 
 
+def _keys(ids: Mapping[str, list[Any]]) -> list[str]:
+    """What names frames in items: unique in a data store, whatever the frame's id."""
+    names = zip(ids["image_set_id"], ids["sop_instance_uid"], ids["frame_number"], strict=True)
+    return [f"{image_set}/{instance}/{number}" for image_set, instance, number in names]
+
+
 def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:
     if transform is None:
         return (), None
@@ -332,5 +379,5 @@ def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform 
 
 
 def _channels_last(array: AnyArray) -> AnyArray:
-    """The reader's view of a ``(C, rows, columns)`` array."""
-    return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+    """The reader's view of ``(..., C, rows, columns)``: ``(..., rows, columns[, C])``."""
+    return array[..., 0, :, :] if array.shape[-3] == 1 else np.moveaxis(array, -3, -1)

@@ -183,14 +183,11 @@ class FrameLoader:
         return _Progress(epoch, islice(rows, skip, None), skip)
 
     def _batches(self, rows: Iterator[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == self.batch_size:
+        while (
+            batch := rows.take(self.batch_size) if isinstance(rows, EpochRows) else list(islice(rows, self.batch_size))
+        ):
+            if len(batch) == self.batch_size or not self._drop_last:
                 yield batch
-                batch = []
-        if batch and not self._drop_last:
-            yield batch
 
     def _finish(self, pending: PendingBatch, progress: _Progress) -> Any:
         batch = self._collated(pending)
@@ -198,14 +195,14 @@ class FrameLoader:
         return batch
 
     def _collated(self, pending: PendingBatch) -> Any:
-        items = self.dataset.items(pending)
         if self._collate is not None:
-            return self._collate(items)
-        base = _common_base(pending.arrays)
-        if base is None or self.dataset.transforms_items:
-            return _collate(items)
-        rest = default_collate([{name: value for name, value in item.items() if name != "image"} for item in items])
-        return {"image": self._buffers.lend(base), **rest}
+            return self._collate(self.dataset.items(pending))
+        if self.dataset.transforms_items:
+            return _collate(self.dataset.items(pending))
+        rest = self.dataset.collated(pending)
+        if isinstance(pending.images, np.ndarray):
+            return {"image": self._buffers.lend(pending.images), **rest}
+        return {"image": _collate(_images(pending.images, rest["key"]))["image"], **rest}
 
 
 @dataclass(eq=False)
@@ -243,12 +240,8 @@ class _BufferPool:
         del self._free[: -self._most]  # of shapes that no longer come, the oldest go first
 
 
-def _common_base(arrays: list[AnyArray]) -> AnyArray | None:
-    """The one array that all of these are consecutive rows of, as `FrameDataset.submit` allocates them."""
-    base = arrays[0].base if arrays else None
-    if base is None or len(base) != len(arrays) or any(array.base is not base for array in arrays):
-        return None
-    return base
+def _images(arrays: list[AnyArray], keys: list[str]) -> list[Item]:
+    return [{"image": torch.from_numpy(array), "key": key} for array, key in zip(arrays, keys, strict=True)]
 
 
 def _collate(items: list[Item]) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sized
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -316,6 +317,14 @@ class EpochRows(Iterator[int]):
         row = next(self._rows)
         self._drawn += 1
         return row
+
+    def take(self, count: int) -> list[int]:
+        """The next rows of this rank, at most so many. I/O: none."""
+        self.begin()
+        assert self._rows is not None
+        rows = list(islice(self._rows, count))
+        self._drawn += len(rows)
+        return rows
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
         """Where it stands, after `taken` rows or all that were drawn; see `ResumableSampler.state_dict`. I/O: none."""

@@ -233,8 +233,12 @@ class DatasetIndex:
         return np.arange(self._tables.frames.num_rows) if self._rows is None else self._rows
 
     def _at(self, rows: Sequence[int] | AnyArray | None) -> AnyArray:
-        numbers = self._numbers
-        return numbers if rows is None else numbers[np.asarray(rows, np.int64)]
+        if rows is None:
+            return self._numbers
+        places = np.asarray(rows, np.int64)
+        if self._rows is not None:
+            return self._rows[places]
+        return np.where(places < 0, places + len(self), places)
 
     def _used_series(self) -> AnyArray:
         return np.unique(self._columns.series(self._numbers))
@@ -289,9 +293,14 @@ class DatasetIndex:
         """
         return self._columns.sources(self._at(rows))
 
+    def ids(self, rows: Sequence[int] | AnyArray | None = None) -> dict[str, list[Any]]:
+        """Image set, version, series, instance and frame number of some rows: by name, a list each. I/O: none."""
+        return self._columns.ids(self._at(rows))
+
     def details(self, rows: Sequence[int] | AnyArray | None = None) -> list[dict[str, Any]]:
-        """Ids of some rows: image set, version, series, instance, frame number. I/O: none."""
-        return self._columns.details(self._at(rows))
+        """Ids of some rows, as `ids` names them: a dict each. I/O: none."""
+        ids = self.ids(rows)
+        return [dict(zip(ids, values, strict=True)) for values in zip(*ids.values(), strict=True)]
 
     def positions(self) -> FloatArray:
         """Image Position (Patient) of every row, ``(n, 3)`` LPS mm; NaN where there is none. I/O: none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ahi_ml.codec import HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat
 from ahi_ml.errors import ConfigError, MetadataError
@@ -127,8 +127,7 @@ class FrameProfile:
         return (pixels.rows, pixels.columns, 3)
 
 
-@dataclass(frozen=True, slots=True)
-class FrameSource:
+class FrameSource(NamedTuple):
     """One frame to read.
 
     Parameters
@@ -139,12 +138,16 @@ class FrameSource:
         CRC-32 of its full resolution.
     kind : FrameProfile or MetadataError
         Shared by the frames of its kind; an error where the metadata does not suffice to decode them.
+    minimum, maximum : int or None
+        Extremes of its stored values, as the data store says.
     """
 
     image_set_id: str
     frame_id: str
     checksum: int | None
     kind: FrameProfile | MetadataError
+    minimum: int | None = None
+    maximum: int | None = None
 
     @property
     def problem(self) -> MetadataError | None:

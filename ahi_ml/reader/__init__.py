@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
-from ahi_ml.codec import PixelFormat, crc32, decode
 from ahi_ml.config import decode_threads
-from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError, UnsupportedTransferSyntaxError
+from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
-from ahi_ml.reader.batch import Batch, ReaderStats, Task
+from ahi_ml.reader.batch import Batch, Task
+from ahi_ml.reader.making import Made, make_frame
 from ahi_ml.reader.options import ReadOptions
-from ahi_ml.reader.values import convert_values
+from ahi_ml.reader.pool import DecodePool
+from ahi_ml.reader.stats import ReaderStats
 from ahi_ml.types import AnyArray, Buffer
 
 __all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
+
+Stage = Callable[[Task, Any], None]
 
 
 class Reader:
@@ -49,8 +54,7 @@ class Reader:
     def __init__(self, transport: FrameTransport, datastore_id: str, *, threads: int | None = None) -> None:
         self._transport = transport
         self._datastore_id = datastore_id
-        self._pool = ThreadPoolExecutor(threads or decode_threads(), "ahi-ml-decode")
-        self._scratch = threading.local()
+        self._pool = DecodePool(threads or decode_threads())
         self._stats = ReaderStats()
         self._lock = threading.Lock()
         self._digests: dict[int, tuple[FrameProfile, str]] = {}
@@ -87,29 +91,20 @@ class Reader:
         Batch
             Its arrays are `outs` when given.
         """
-        batch = Batch(len(sources))
-        tasks = []
-        for slot, source in enumerate(sources):
-            if source.problem is not None:
-                batch.finish(slot, source.problem)
-                continue
-            tasks.append(Task(batch, slot, source, outs[slot] if outs is not None else None, options))
-        if derived is not None and tasks:
-            try:  # one stage for all: what a result costs is less than what a stage does
-                self._pool.submit(self._from_derived, tasks, derived, cache)
-            except RuntimeError:
-                for task in tasks:
-                    self._let_go(task)
-            return batch
-        for task in tasks:
-            self._begin(task, cache)
-        return batch
-
-    def _begin(self, task: Task, cache: FrameCache | None) -> None:
-        if cache is None:
-            self._fetch(task, None)
+        batch = Batch(sources, options, outs)
+        slots = [slot for slot, source in enumerate(sources) if not isinstance(source.kind, MetadataError)]
+        if len(slots) < len(sources):
+            batch.finish_many((slot, source.problem) for slot, source in enumerate(sources) if source.problem)
+        if derived is not None and slots:
+            # One stage for all: what a result costs is less than what a stage does.
+            self._pool.put(partial(self._from_derived, batch, slots, derived, cache))
+        elif cache is not None and slots:
+            tasks = iter([Task(batch, slot) for slot in slots])
+            self._pool.put(partial(self._each, tasks, self._from_cache, cache), min(self._pool.threads, len(slots)))
         else:
-            self._hand_over(task, self._from_cache, cache)
+            for slot in slots:
+                self._fetch(Task(batch, slot), None)
+        return batch
 
     def read(
         self,
@@ -132,27 +127,32 @@ class Reader:
         """The encoded bytes of one frame, unverified. I/O: one request."""
         return self.request(image_set_id, frame_id).result()
 
-    def stats(self) -> dict[str, int]:
-        """Counts so far; see `ReaderStats`. I/O: none."""
+    def stats(self) -> dict[str, Any]:
+        """Counts and seconds so far; see `ReaderStats`. I/O: none."""
         with self._lock:
             return asdict(self._stats)
 
     def close(self) -> None:
         """End the threads; frames under way are dropped. I/O: none."""
         self._transport.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     # On the way
 
-    def _guard(self, task: Task, work: Callable[..., None], *arguments: Any) -> None:
-        """Run a stage; whatever it raises is the frame's outcome."""
-        if task.batch.cancelled:
-            self._let_go(task)
-            return
-        try:
-            work(task, *arguments)
-        except BaseException as error:
-            self._finish(task, error)
+    def _each(self, tasks: Iterator[Task], stage: Stage, given: Any, dropped: bool) -> None:
+        """Take tasks through a stage, one after the other; several threads share the iterator of a list."""
+        for task in tasks:
+            if dropped or task.batch.cancelled or self._pool.closed:
+                self._let_go(task)
+                continue
+            try:
+                stage(task, given)
+            except BaseException as error:  # whatever a stage raises is the frame's outcome
+                self._finish(task, error)
+
+    def _hand_over(self, task: Task, stage: Stage, given: Any) -> None:
+        """Give a task to the pool."""
+        self._pool.put(partial(self._each, iter((task,)), stage, given))
 
     def _finish(self, task: Task, outcome: AnyArray | BaseException) -> None:
         if task.flight is not None:
@@ -161,6 +161,10 @@ class Reader:
             flights.land(name)
         task.batch.finish(task.slot, outcome)
 
+    def _made(self, task: Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, Made]:
+        out = task.batch.out(task.slot)
+        return out, make_frame(task.source, task.options, data, out, trusted=trusted, again=task.fetches > 1)
+
     def _done(self, task: Task, array: AnyArray, verified: bool) -> None:
         """A frame was made: keep it where results are kept, and hand it out."""
         if task.derived is not None:
@@ -168,46 +172,46 @@ class Reader:
             tier.write(key, array, verified)
         self._finish(task, array)
 
-    def _from_derived(self, tasks: list[Task], derived: DerivedTier, cache: FrameCache | None) -> None:
+    def _from_derived(
+        self, batch: Batch, slots: list[int], derived: DerivedTier, cache: FrameCache | None, dropped: bool
+    ) -> None:
+        keys: dict[int, str] = {}
         try:
-            self._read_derived(tasks, derived, cache)
+            for slot in slots:
+                source = batch.sources[slot]
+                keys[slot] = source.frame_id + self._digest(source.profile)
+            if not (dropped or batch.cancelled):
+                keys = self._read_derived(batch, keys, derived)
         except BaseException as error:
-            for task in tasks:
-                task.batch.finish(task.slot, error)
-
-    def _read_derived(self, tasks: list[Task], derived: DerivedTier, cache: FrameCache | None) -> None:
-        if tasks[0].batch.cancelled:
-            for task in tasks:
-                self._let_go(task)
+            batch.finish_many((slot, error) for slot in slots)
             return
-        keys, rows = [], []
-        for task in tasks:
-            keys.append(task.source.frame_id + self._digest(task.source.profile))
-            if task.out is None:
-                task.out = np.empty(*self._form(task))
-            rows.append(task.out if task.out.flags.c_contiguous else np.empty(task.out.shape, task.out.dtype))
-        found = derived.read_many(keys, rows)
-        hits = verified = 0
-        left = []
-        for task, key, row, verdict in zip(tasks, keys, rows, found, strict=True):
-            if verdict is None:
-                task.derived = derived, key
-                left.append(task)
-                continue
-            assert task.out is not None
-            if row is not task.out:
-                np.copyto(task.out, row)
-            hits += 1
-            verified += verdict
-            task.batch.finish(task.slot, task.out)
-        self._count(cached=hits, verified=verified, unverified=hits - verified)
-        for task in left:
-            self._begin(task, cache)
+        left = iter([Task(batch, slot, (derived, key)) for slot, key in keys.items()])
+        self._each(left, self._fetch if cache is None else self._from_cache, cache, dropped)
 
-    def _form(self, task: Task) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of a task's result."""
-        profile, options = task.source.profile, task.options
-        return profile.shape(options.output, options.reduce), options.result_dtype(profile)
+    def _read_derived(self, batch: Batch, keys: dict[int, str], derived: DerivedTier) -> dict[int, str]:
+        """Read results, by slots; return those that there are none of."""
+        started = perf_counter()
+        outs = {slot: batch.out(slot) for slot in keys}
+        rows = [out if out.flags.c_contiguous else np.empty(out.shape, out.dtype) for out in outs.values()]
+        found = derived.read_many(list(keys.values()), rows)
+        hits: list[tuple[int, AnyArray]] = []
+        for (slot, out), row, verdict in zip(outs.items(), rows, found, strict=True):
+            if verdict is not None:
+                if row is not out:
+                    np.copyto(out, row)
+                hits.append((slot, out))
+        with self._lock:
+            stats = self._stats
+            stats.read_s += perf_counter() - started
+            stats.cached += len(hits)
+            stats.verified += found.count(True)
+            stats.unverified += found.count(False)
+        if len(hits) == len(keys):
+            left = {}
+        else:
+            left = {slot: key for (slot, key), verdict in zip(keys.items(), found, strict=True) if verdict is None}
+        batch.finish_many(hits)
+        return left
 
     def _digest(self, profile: FrameProfile) -> str:
         """What tells results apart besides the frame's id: its metadata may be edited, the id stays."""
@@ -220,12 +224,14 @@ class Reader:
 
     def _from_cache(self, task: Task, cache: FrameCache) -> None:
         source = task.source
+        started = perf_counter()
         entry = cache.get(self._datastore_id, source.frame_id)
         if entry is None:
             self._download(task, cache)
             return
+        read_s = perf_counter() - started
         try:
-            array, verified = self._convert(task, entry.data, trusted=entry.verified)
+            array, made = self._made(task, entry.data, trusted=entry.verified)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
@@ -233,8 +239,8 @@ class Reader:
             cache.drop(self._datastore_id, source.frame_id)
             self._download(task, cache)
             return
-        self._count(cached=1, verified=verified, unverified=not verified)
-        self._done(task, array, verified)
+        self._count(made, cached=1, read_s=read_s)
+        self._done(task, array, made.verified)
 
     def _download(self, task: Task, cache: FrameCache) -> None:
         """Fetch a frame unless somebody does: then look into the cache again when they are done."""
@@ -256,21 +262,13 @@ class Reader:
         future = self._transport.fetch(task.source.image_set_id, task.source.frame_id)
         task.batch.requests.add(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
-        future.add_done_callback(lambda done: self._hand_over(task, self._from_network, done, cache))
-
-    def _hand_over(self, task: Task, work: Callable[..., None], *arguments: Any) -> None:
-        """Give a stage to the pool; once the reader is closed, the frame's outcome says so."""
-        try:
-            stage = self._pool.submit(self._guard, task, work, *arguments)
-        except RuntimeError:
-            self._let_go(task)
-        else:
-            stage.add_done_callback(lambda done: self._let_go(task) if done.cancelled() else None)
+        future.add_done_callback(lambda done: self._hand_over(task, self._from_network, (done, cache)))
 
     def _let_go(self, task: Task) -> None:
         self._finish(task, DataError(f"frame {task.source.frame_id} was given up before it came"))
 
-    def _from_network(self, task: Task, done: Future[bytes], cache: FrameCache | None) -> None:
+    def _from_network(self, task: Task, arrival: tuple[Future[bytes], FrameCache | None]) -> None:
+        done, cache = arrival
         task.batch.requests.discard(done)  # it holds the encoded bytes
         if done.cancelled():
             self._let_go(task)
@@ -278,71 +276,29 @@ class Reader:
         data = done.result()
         source = task.source
         try:
-            array, verified = self._convert(task, data, trusted=False)
+            array, made = self._made(task, data, trusted=False)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
             if task.fetches > 1:
                 raise
-            self._count(refetched=1)
+            with self._lock:
+                self._stats.refetched += 1
             self._fetch(task, cache)
             return
         if cache is not None:
-            cache.put(self._datastore_id, source.frame_id, data, verified=verified)
-        self._count(fetched=1, bytes_fetched=len(data), verified=verified, unverified=not verified)
-        self._done(task, array, verified)
+            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified)
+        self._count(made, fetched=1, size=len(data))
+        self._done(task, array, made.verified)
 
-    def _count(self, **counts: int) -> None:
+    def _count(self, made: Made, *, cached: int = 0, fetched: int = 0, size: int = 0, read_s: float = 0.0) -> None:
         with self._lock:
-            for name, count in counts.items():
-                setattr(self._stats, name, getattr(self._stats, name) + count)
-
-    # Conversion
-
-    def _convert(self, task: Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, bool]:
-        """Decode, verify and convert; also say whether the pixels are known to be right."""
-        source, options, profile = task.source, task.options, task.source.profile
-        check = options.verify and not trusted and source.checksum is not None
-        if check and profile.checksum_of == "bytes" and crc32(data) != source.checksum:
-            raise self._mismatch(task, "encoded bytes")
-        shape, dtype = self._form(task)
-        out = task.out
-        if out is None:
-            out = np.empty(shape, dtype)
-        elif out.shape != shape or out.dtype != dtype:
-            raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {dtype}{shape}")
-        direct = options.output == "stored" and dtype == profile.pixels.dtype and out.flags.c_contiguous
-        try:
-            place = out if direct else self._scratch_array(profile.pixels.reduced(options.reduce))
-            stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce)
-        except DecodeError as error:
-            where = f"frame {source.frame_id} of image set {source.image_set_id}"
-            raise type(error)(
-                f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
-            ) from error
-        whole = options.reduce == 0
-        if check and whole and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
-            raise self._mismatch(task, "decoded pixels")
-        if not direct:
-            convert_values(stored, profile, options, out)
-        verified = trusted or (
-            check and (profile.checksum_of == "bytes" or (whole and profile.checksum_of == "samples"))
-        )
-        return out, verified
-
-    def _scratch_array(self, pixels: PixelFormat) -> AnyArray:
-        """This thread's array of a shape: fresh pages cost as much as the conversion."""
-        key = (pixels.shape, pixels.dtype)
-        arrays = self._scratch.__dict__
-        if arrays.get("key") != key:
-            arrays["key"], arrays["array"] = key, np.empty(*key)
-        return arrays["array"]  # type: ignore[no-any-return]
-
-    def _mismatch(self, task: Task, what: str) -> ChecksumError:
-        source = task.source
-        return ChecksumError(
-            f"frame {source.frame_id} of image set {source.image_set_id}: its {what} differ from the data store's "
-            f"checksum{', twice' if task.fetches > 1 else ''}. Report the frame; verify=False reads it all the same",
-            image_set_id=source.image_set_id,
-            frame_id=source.frame_id,
-        )
+            stats = self._stats
+            stats.cached += cached
+            stats.fetched += fetched
+            stats.bytes_fetched += size
+            stats.verified += made.verified
+            stats.unverified += not made.verified
+            stats.read_s += read_s
+            stats.decode_s += made.decode_s
+            stats.convert_s += made.convert_s

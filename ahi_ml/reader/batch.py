@@ -3,62 +3,69 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+
+import numpy as np
 
 from ahi_ml.cache import DerivedTier, Flights
 from ahi_ml.index import FrameSource
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.types import AnyArray
 
-__all__ = ["Batch", "ReaderStats", "Task"]
-
-
-@dataclass(slots=True)
-class ReaderStats:
-    """Counts of frames since the reader was made.
-
-    Parameters
-    ----------
-    cached, fetched : int
-        Where the bytes came from.
-    verified, unverified : int
-        Whether the pixels were compared with a checksum, now or when they were cached.
-    refetched : int
-        Frames whose first bytes failed the comparison.
-    bytes_fetched : int
-        Encoded bytes over the network.
-    """
-
-    cached: int = 0
-    fetched: int = 0
-    verified: int = 0
-    unverified: int = 0
-    refetched: int = 0
-    bytes_fetched: int = 0
+__all__ = ["Batch", "Task"]
 
 
 class Batch:
     """Frames submitted together.
 
     I/O: `wait` blocks until all are there.
+
+    Parameters
+    ----------
+    sources : sequence of FrameSource
+        What to read.
+    options : ReadOptions
+        What to make of it.
+    outs : sequence of ndarray, optional
+        Where to; allocated as frames come, without.
+
+    Attributes
+    ----------
+    failed : bool
+        Whether an outcome so far is an error.
     """
 
-    def __init__(self, count: int) -> None:
-        self._outcomes: list[AnyArray | BaseException | None] = [None] * count
-        self._left = count
+    def __init__(self, sources: Sequence[FrameSource], options: ReadOptions, outs: Sequence[AnyArray] | None) -> None:
+        self.sources, self.options, self.outs = sources, options, outs
+        self._outcomes: list[AnyArray | BaseException | None] = [None] * len(sources)
+        self._left = len(sources)
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self.cancelled = False
+        self.cancelled = self.failed = False
         self.requests: set[Future[bytes]] = set()
-        if count == 0:
+        if not sources:
             self._done.set()
+
+    def out(self, slot: int) -> AnyArray:
+        """The array that a frame is read into. I/O: none."""
+        if self.outs is not None:
+            return self.outs[slot]
+        profile, options = self.sources[slot].profile, self.options
+        return np.empty(profile.shape(options.output, options.reduce), options.result_dtype(profile))
 
     def finish(self, slot: int, outcome: AnyArray | BaseException) -> None:
         """Note the outcome of one frame. Called by the reader."""
+        self.finish_many(((slot, outcome),))
+
+    def finish_many(self, outcomes: Iterable[tuple[int, AnyArray | BaseException]]) -> None:
+        """Note outcomes of frames by their slots. Called by the reader."""
         with self._lock:
-            self._outcomes[slot] = outcome
-            self._left -= 1
+            for slot, outcome in outcomes:
+                self._outcomes[slot] = outcome
+                self._left -= 1
+                if isinstance(outcome, BaseException):
+                    self.failed = True
             if self._left == 0:
                 self._done.set()
 
@@ -82,23 +89,22 @@ class Batch:
 
     def wait(self, timeout_s: float | None = None) -> list[AnyArray]:
         """Arrays in the order submitted; the first error, if there is one, is raised."""
-        arrays = []
-        for outcome in self.outcomes(timeout_s):
+        outcomes = self.outcomes(timeout_s)
+        for outcome in outcomes if self.failed else ():
             if isinstance(outcome, BaseException):
                 raise outcome
-            arrays.append(outcome)
-        return arrays
+        return outcomes  # type: ignore[return-value]
 
 
 class Task:
     """One frame on its way."""
 
-    __slots__ = ("batch", "derived", "fetches", "flight", "options", "out", "slot", "source")
+    __slots__ = ("batch", "derived", "fetches", "flight", "options", "slot", "source")
 
-    def __init__(
-        self, batch: Batch, slot: int, source: FrameSource, out: AnyArray | None, options: ReadOptions
-    ) -> None:
-        self.batch, self.slot, self.source, self.out, self.options = batch, slot, source, out, options
+    def __init__(self, batch: Batch, slot: int, derived: tuple[DerivedTier, str] | None = None) -> None:
+        self.batch, self.slot = batch, slot
+        self.source: FrameSource = batch.sources[slot]
+        self.options = batch.options
         self.fetches = 0
-        self.derived: tuple[DerivedTier, str] | None = None
+        self.derived = derived  # where its result is kept
         self.flight: tuple[Flights, str] | None = None  # the download that this task has taken on

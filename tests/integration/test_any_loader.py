@@ -601,6 +601,8 @@ class Transport:
         return self.Batch(outs)
 
     class Batch:
+        failed = False
+
         def __init__(self, outs: Any) -> None:
             self._outs = outs
 

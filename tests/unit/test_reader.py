@@ -257,7 +257,7 @@ class TestVerification:
         np.testing.assert_array_equal(one(reader.read([source], STORED)), imagecodecs.jpeg8_decode(blob))
         assert (reader.stats()["refetched"], reader.stats()["verified"]) == (1, 1)
         with pytest.raises(ChecksumError, match=r"encoded bytes.*twice"):
-            reader.read([replace(source, checksum=1)], STORED)
+            reader.read([source._replace(checksum=1)], STORED)
 
     @pytest.mark.parametrize("kept", [0.5, 0.9, -3])
     def test_a_cut_codestream_is_caught(self, reader_of: Callable[..., Reader], kept: float) -> None:

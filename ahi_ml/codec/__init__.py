@@ -15,8 +15,8 @@ from collections.abc import Callable
 import imagecodecs
 import numpy as np
 
-from ahi_ml.codec import jpeg2000, progressive, wavelet
-from ahi_ml.codec.pixelformat import PixelFormat
+from ahi_ml.codec import jpeg2000, progressive, reduced, wavelet
+from ahi_ml.codec.pixelformat import PixelFormat, match_shape
 from ahi_ml.codec.progressive import WHOLE, Prefix
 from ahi_ml.codec.syntaxes import (
     EXPLICIT_LE,
@@ -41,13 +41,10 @@ __all__ = [
     "levels",
     "pack_bits",
     "prefix",
+    "prefixes",
 ]
 
 _JPEG_2000 = ("htj2k", "j2k")
-# Reversible low-pass values are decoded as signed numbers of so many bits (Ssiz, T.800 A.5.1), whatever the
-# stream says: they overshoot the range of the pixels by nearly its width on either side, and would wrap.
-_HEADROOM_BITS = 24
-_HEADROOM = 0x80 | _HEADROOM_BITS - 1
 
 _EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with store.reader.fetch() and a video library"}
 
@@ -63,7 +60,15 @@ def crc32(data: Buffer | AnyArray) -> int:
     return int(imagecodecs.deflate_crc32(data))
 
 
-def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | None = None, reduce: int = 0) -> AnyArray:
+def decode(
+    data: Buffer,
+    syntax: str,
+    pixels: PixelFormat,
+    *,
+    out: AnyArray | None = None,
+    reduce: int = 0,
+    extremes: tuple[int, int] | None = None,
+) -> AnyArray:
     """Decode one frame to stored values, at full or lower resolution.
 
     A lower resolution is the low-pass band of the codestream's own wavelet, clipped to the stored
@@ -88,6 +93,10 @@ def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | No
         Shape and dtype of ``pixels.reduced(reduce)``: decoded into and returned.
     reduce : int
         Resolution levels to leave out.
+    extremes : (int, int), optional
+        Lowest and highest stored value of the full frame, where they are known: where they leave room, a
+        lower resolution of HTJ2K is decoded in fewer bits, which is faster, to the same values. A range wider
+        than the true one does no harm; with a narrower one values may wrap.
 
     Returns
     -------
@@ -114,9 +123,10 @@ def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | No
         )
     try:
         if reduce and known.codec in _JPEG_2000:
-            low = _low_resolution(data, syntax, pixels, wanted, reduce) if pixels.blends else None
-            if low is not None:
-                return _settle(*low, wanted, out)
+            if pixels.blends:
+                low = reduced.decode_low(data, syntax, pixels, reduce, out=out, extremes=extremes)
+                if low is not None:
+                    return low
             progressive.check_complete(data, jpeg2000.inspect(data))
         image = decoder(data, syntax, pixels, None if reduce else out)
     except DecodeError:
@@ -125,8 +135,8 @@ def decode(data: Buffer, syntax: str, pixels: PixelFormat, *, out: AnyArray | No
         raise DecodeError(f"{describe(syntax)}: {error} ({len(data)} bytes)") from error
     image = _match(image, pixels, syntax)
     if reduce and pixels.blends:
-        differences = known.codec in _JPEG_2000 and _in_differences(jpeg2000.inspect(data))
-        return _settle(wavelet.low_pass(image, reduce, colour_transform=differences), 0, wanted, out)
+        differences = known.codec in _JPEG_2000 and jpeg2000.inspect(data).in_differences
+        return reduced.settle(wavelet.low_pass(image, reduce, colour_transform=differences), wanted, out)
     if reduce:
         image = np.ascontiguousarray(image[:: 1 << reduce, :: 1 << reduce])
     if out is None or image is out:
@@ -161,8 +171,8 @@ def levels(data: Buffer, syntax: str, pixels: PixelFormat) -> int:
     """
     if not _may_be_cut(syntax, pixels):
         return 0
-    info = jpeg2000.inspect(data)
-    return info.levels if _divisible(data, info, pixels) else 0
+    layout = reduced.divisible(data, pixels)
+    return layout.info.levels if layout else 0
 
 
 def prefix(head: Buffer, syntax: str, pixels: PixelFormat, reduce: int) -> Prefix:
@@ -187,9 +197,40 @@ def prefix(head: Buffer, syntax: str, pixels: PixelFormat, reduce: int) -> Prefi
     if reduce <= 0 or not _may_be_cut(syntax, pixels):
         return WHOLE
     answer = progressive.prefix_of(head, reduce, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
-    if answer.known and answer.size is not None and not _divisible(head, jpeg2000.inspect(head), pixels):
+    if answer.known and answer.size is not None and not reduced.divisible(head, pixels):
         return WHOLE
     return answer
+
+
+def prefixes(data: Buffer, syntax: str, pixels: PixelFormat) -> tuple[int, ...]:
+    """How many bytes from the start of a frame `decode` needs for each of its lower resolutions, exactly.
+
+    What `prefix` tells step by step of a frame that is still to be read, of one that is here.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The whole encoded frame.
+    syntax, pixels : str, PixelFormat
+        As for `decode`.
+
+    Returns
+    -------
+    tuple of int
+        Of ``reduce`` 1, 2, ... to the levels of the stream; beyond, the last one is enough. Empty for frames
+        that are needed whole, and of bytes that are no JPEG 2000 stream: never an error.
+    """
+    if not _may_be_cut(syntax, pixels):
+        return ()
+    try:
+        layout = reduced.divisible(data, pixels)
+    except DecodeError:
+        return ()
+    if layout is None:
+        return ()
+    return progressive.prefixes_of(data, layout, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
 
 
 def pack_bits(mask: AnyArray) -> bytes:
@@ -202,64 +243,10 @@ def _may_be_cut(syntax: str, pixels: PixelFormat) -> bool:
     return known is not None and known.codec in _JPEG_2000 and pixels.blends
 
 
-def _divisible(data: Buffer, info: jpeg2000.StreamInfo, pixels: PixelFormat) -> progressive.Layout | None:
-    """Layout of a stream whose low-pass band, as its decoder gives it, is that of the stored values."""
-    if (info.rows, info.columns, info.components) != (pixels.rows, pixels.columns, pixels.samples):
-        return None
-    if info.signed != pixels.signed:  # the bits are read with another sign: not what the wavelet has seen
-        return None
-    if info.precision > _HEADROOM_BITS - 2:  # no room for overshoot
-        return None
-    return progressive.layout_of(data, info)
-
-
-def _in_differences(info: jpeg2000.StreamInfo) -> bool:
-    """Whether the wavelet of a stream works on luminance and colour differences, exactly as `wavelet.low_pass` can."""
-    return info.reversible and info.colour_transform and info.components == 3
-
-
-def _low_resolution(
-    data: Buffer, syntax: str, pixels: PixelFormat, wanted: PixelFormat, reduce: int
-) -> tuple[AnyArray, int] | None:
-    """Low-pass band of a JPEG 2000 stream, not clipped, and what to add to it; None: decode it all."""
-    info = jpeg2000.inspect(data)
-    layout = _divisible(data, info, pixels)
-    skipped = min(reduce, info.levels)
-    stream = layout and progressive.smaller_stream(
-        data,
-        layout,
-        skipped,
-        depth=_HEADROOM if info.reversible else None,
-        one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL,
-    )
-    if not stream:
-        return None
-    image = jpeg2000.decode_stream(stream, info)
-    made = wanted if reduce == skipped else pixels.reduced(skipped)
-    if image.shape != made.shape:
-        image = _match_shape(image, made, syntax)
-    if reduce > skipped:
-        image = wavelet.low_pass(image, reduce - skipped, colour_transform=_in_differences(info))
-    if not info.reversible:  # of the stream's own depth, to which its decoder has clipped it
-        return image.astype(np.int32), 0
-    return image, 0 if info.signed else 1 << info.precision - 1
-
-
-def _settle(image: AnyArray, shift: int, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:
-    """Add `shift`, clip to the stored range, and write to `out`. The shift comes last: in fewer bits it is faster."""
-    low, high = pixels.stored_range
-    if out is None:
-        out = np.empty(pixels.shape, pixels.dtype)
-    image.clip(low - shift, high - shift, out=out, casting="unsafe")
-    if shift:
-        np.add(out, shift, out=out)
-    return out
-
-
 def _match(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
     """Give a decoded frame the shape and dtype of the metadata, or say why it cannot have them."""
     if image.shape != pixels.shape:
-        image = _match_shape(image, pixels, syntax)
+        image = match_shape(image, pixels, syntax)
     if image.dtype != pixels.dtype:
         decoded, image = image, image.astype(pixels.dtype)
         if decoded.itemsize > image.itemsize and not np.array_equal(decoded, image):
@@ -267,16 +254,6 @@ def _match(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
                 f"{describe(syntax)}: the frame has values of {decoded.dtype} that {pixels.dtype} cannot hold"
             )
     return image
-
-
-def _match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
-    if image.size == pixels.rows * pixels.columns * pixels.samples and image.ndim < 3 + (pixels.samples > 1):
-        squeezed = image.reshape([n for n in image.shape if n != 1] or [1])
-        if squeezed.shape == tuple(n for n in pixels.shape if n != 1) or squeezed.size == 1:
-            return image.reshape(pixels.shape)
-    if image.ndim == 3 and image.shape[2] == 4 and pixels.samples == 3:
-        raise DecodeError(f"{describe(syntax)}: the frame has an alpha channel, which DICOM does not allow")
-    raise DecodeError(f"{describe(syntax)}: the frame decodes to {image.shape}, the metadata says {pixels.shape}")
 
 
 def _extend_sign(image: AnyArray, bits: int, pixels: PixelFormat) -> AnyArray:

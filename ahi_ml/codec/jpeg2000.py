@@ -67,6 +67,11 @@ class StreamInfo:
     reversible: bool
     colour_transform: bool
 
+    @property
+    def in_differences(self) -> bool:
+        """Whether the wavelet works on luminance and colour differences, exactly as `wavelet.low_pass` can."""
+        return self.reversible and self.colour_transform and self.components == 3
+
 
 def _codestream_offset(data: memoryview) -> int:
     if data[:4] == _SOC_SIZ:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ahi_ml.errors import ConfigError
+from ahi_ml.codec.syntaxes import describe
+from ahi_ml.errors import ConfigError, DecodeError
+from ahi_ml.types import AnyArray
 
-__all__ = ["PixelFormat"]
+__all__ = ["PixelFormat", "match_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +89,20 @@ class PixelFormat:
         if reduce < 0:
             raise ConfigError(f"reduce is a number of resolution levels, 0 or more, not {reduce}")
         return replace(self, rows=-(-self.rows >> reduce), columns=-(-self.columns >> reduce))
+
+
+def match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:
+    """Give a decoded frame the shape of its metadata: axes of one sample come and go. I/O: none.
+
+    Raises
+    ------
+    DecodeError
+        It has another shape.
+    """
+    if image.size == pixels.rows * pixels.columns * pixels.samples and image.ndim < 3 + (pixels.samples > 1):
+        squeezed = image.reshape([n for n in image.shape if n != 1] or [1])
+        if squeezed.shape == tuple(n for n in pixels.shape if n != 1) or squeezed.size == 1:
+            return image.reshape(pixels.shape)
+    if image.ndim == 3 and image.shape[2] == 4 and pixels.samples == 3:
+        raise DecodeError(f"{describe(syntax)}: the frame has an alpha channel, which DICOM does not allow")
+    raise DecodeError(f"{describe(syntax)}: the frame decodes to {image.shape}, the metadata says {pixels.shape}")

@@ -1,11 +1,9 @@
-"""Lower resolutions of JPEG 2000 streams: which bytes hold one, and the smaller stream they make. Floor 1; no I/O.
+"""Lower resolutions of JPEG 2000 streams: which bytes hold one. Floor 1; no I/O.
 
 Where the packets of the lower resolutions come first, the beginning of a stream *is* a smaller
 image. Its length is known from the tile-part lengths of the main header (TLM), from the headers of
 the tile-parts where there is one a resolution (SOT), or from the packet lengths of a single one
-(PLT). `smaller_stream` makes of those bytes a stream that is complete in itself: sizes, levels and
-quantisation steps in the header shrunk, later tile-parts left out. Any decoder reads it, also one
-that cannot leave out resolutions, and one that checks for missing bytes.
+(PLT).
 
 Sources: ITU-T T.800 annex A (markers), B.5 (resolutions), B.6 (precincts), B.12 (progression orders).
 """
@@ -14,12 +12,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ahi_ml.codec.jpeg2000 import StreamInfo, inspect
 from ahi_ml.errors import DecodeError
 from ahi_ml.types import Buffer
 
-__all__ = ["WHOLE", "Layout", "Prefix", "check_complete", "layout_of", "prefix_of", "smaller_stream"]
+__all__ = ["WHOLE", "Layout", "Prefix", "check_complete", "layout_of", "prefix_of", "prefixes_of", "resolution_end"]
 
 _SIZ, _COD, _QCD, _QCC = 0xFF51, 0xFF52, 0xFF5C, 0xFF5D
 _TLM, _PLM, _PLT = 0xFF55, 0xFF57, 0xFF58
@@ -32,6 +31,8 @@ _PLAIN_IN_TILE_PARTS = {_PLT, _COM}
 _LRCP, _RLCP, _RPCL = 0, 1, 2
 _SOT_SIZE = 12
 _ENOUGH_FOR_A_HEADER = 4096  # the data store's own take some 300 bytes
+_LIKELY_HEADER = 1024
+_HEADERS_KEPT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,9 @@ class Prefix:
 WHOLE = Prefix(None, True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """The main header of a stream whose lower resolutions can be decoded alone.
+    """The main header of a stream whose lower resolutions can be decoded alone; compared by identity.
 
     Parameters
     ----------
@@ -66,14 +67,17 @@ class Layout:
         Its marker segments; positions count from the start of the data, sizes include the marker.
     body : int
         Where the first tile-part begins.
+    header : bytes
+        The data before the body. The tile-part lengths (TLM) may be another frame's.
     """
 
     info: StreamInfo
     segments: tuple[tuple[int, int, int], ...]
     body: int
+    header: bytes
 
 
-def layout_of(data: Buffer, info: StreamInfo | None = None) -> Layout | None:
+def layout_of(data: Buffer) -> Layout | None:
     """Read a main header; None when the lower resolutions of the stream do not come first.
 
     That takes a single tile at the origin, one coding style, and an order in which all packets of
@@ -86,8 +90,37 @@ def layout_of(data: Buffer, info: StreamInfo | None = None) -> Layout | None:
     DecodeError
         As `jpeg2000.inspect`.
     """
-    view = memoryview(data)
-    info = inspect(view) if info is None else info
+    # The frames of a series differ in their tile-part lengths alone, so what comes before is read once.
+    head = bytes(memoryview(data)[:_LIKELY_HEADER])
+    sot = head.find(b"\xff\x90")
+    tlm = head.find(b"\xff\x55", 0, max(sot, 0))
+    layout = _familiar_layout(head[: sot if tlm < 0 else tlm + 4]) if sot > 0 else None
+    if layout is not None and head[layout.body : layout.body + 2] == b"\xff\x90":
+        return layout
+    return _read_layout(memoryview(data))
+
+
+@lru_cache(_HEADERS_KEPT)
+def _familiar_layout(start: bytes) -> Layout | None:
+    """Layout of every stream that starts so: a main header, or one up to the length of a TLM that ends it.
+
+    None also when the bytes taken for a marker stand in the middle of a segment.
+    """
+    size = len(start)
+    tlm = start[-4:-2] == b"\xff\x55"
+    if tlm:
+        start += bytes(max(int.from_bytes(start[-2:], "big") - 2, 0))
+    try:
+        layout = _read_layout(memoryview(start + b"\xff\x90\0\x0a"))
+    except DecodeError:
+        return None
+    if layout is None or layout.body != len(start) or (tlm and layout.segments[-1][:2] != (_TLM, size - 4)):
+        return None
+    return layout
+
+
+def _read_layout(view: memoryview) -> Layout | None:
+    info = inspect(view)
     segments = []
     at = info.offset + 2
     try:
@@ -110,7 +143,7 @@ def layout_of(data: Buffer, info: StreamInfo | None = None) -> Layout | None:
     layers = struct.unpack_from(">H", view, cod[0] + 6)[0]
     if info.progression not in (_RLCP, _RPCL) and (info.progression, layers) != (_LRCP, 1):
         return None
-    return Layout(info, tuple(segments), at)
+    return Layout(info, tuple(segments), at, bytes(view[:at]))
 
 
 def prefix_of(head: Buffer, reduce: int, *, one_part_a_resolution: bool = False) -> Prefix:
@@ -154,33 +187,58 @@ def prefix_of(head: Buffer, reduce: int, *, one_part_a_resolution: bool = False)
         return WHOLE
 
 
-def smaller_stream(
-    data: Buffer, layout: Layout, reduce: int, *, depth: int | None = None, one_part_a_resolution: bool = False
-) -> bytearray | None:
-    """Make a stream of the resolution `reduce` levels below the full one, from a frame or its prefix.
+def prefixes_of(data: Buffer, layout: Layout, *, one_part_a_resolution: bool = False) -> tuple[int, ...]:
+    """Lengths of the prefixes of a whole frame that hold its resolutions 1, 2, ... levels below the full one.
 
     I/O: none.
 
     Parameters
     ----------
     data : bytes-like
-        The frame, or at least the prefix that `prefix_of` told.
+        The whole frame.
     layout : Layout
         What `layout_of` said of it.
-    reduce : int
-        Levels to leave out, up to those of the stream.
-    depth : int, optional
-        Written as depth and sign of every component (Ssiz), so that low-pass values that overshoot
-        the range of the pixels neither wrap nor lose their sign. Only the reversible transform
-        allows that: quantisation steps relate to the depth.
     one_part_a_resolution : bool
         As for `prefix_of`.
 
     Returns
     -------
-    bytearray or None
-        A raw codestream of ``ceil(rows / 2**reduce)`` by ``ceil(columns / 2**reduce)``; None when a
-        header inside the stream says that its parts differ from each other.
+    tuple of int
+        One a level, falling; empty when the frame cannot be cut.
+    """
+    view = memoryview(data)
+    ends = []
+    try:
+        if not _parts_as_supposed(view, layout):
+            return ()
+        for keep in range(layout.info.levels, 0, -1):
+            needed = _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
+            if not needed.known or needed.size is None or needed.size > len(view):
+                return ()
+            ends.append(needed.size)
+    except (struct.error, IndexError):
+        return ()
+    return tuple(ends) if _first_tile_part(view, layout.body) != WHOLE else ()
+
+
+def resolution_end(data: Buffer, layout: Layout, reduce: int, *, one_part_a_resolution: bool = False) -> int | None:
+    """Where the resolution `reduce` levels below the full one ends in a frame or its prefix.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    data, layout : bytes-like, Layout
+        The frame, or at least the prefix that `prefix_of` told, and what `layout_of` said of it.
+    reduce : int
+        Levels to leave out, up to those of the stream.
+    one_part_a_resolution : bool
+        As for `prefix_of`.
+
+    Returns
+    -------
+    int or None
+        None when a header inside the stream says that its parts differ from each other.
 
     Raises
     ------
@@ -202,19 +260,7 @@ def smaller_stream(
         raise DecodeError(
             f"a JPEG 2000 stream of {len(view)} bytes ends before its resolution {layout.info.levels - reduce} does"
         )
-    made = _smaller_header(view, layout, reduce, depth)
-    shift = len(made) - layout.body
-    made += view[layout.body : end]
-    begins = [layout.body]
-    while psot := int.from_bytes(view[begins[-1] + 6 : begins[-1] + 10], "big"):
-        if begins[-1] + psot >= end:
-            break
-        begins.append(begins[-1] + psot)
-    for begin in begins:
-        made[begin + shift + 11] = len(begins)
-    struct.pack_into(">I", made, begins[-1] + shift + 6, end - begins[-1])
-    made += b"\xff\xd9"
-    return made
+    return end
 
 
 def check_complete(data: Buffer, info: StreamInfo) -> None:
@@ -246,33 +292,6 @@ def _end_marker(view: memoryview) -> int:
     return max(len(view) - 16, 0) + len(tail) - 2 if tail.endswith(b"\xff\xd9") else -1
 
 
-def _smaller_header(view: memoryview, layout: Layout, reduce: int, depth: int | None) -> bytearray:
-    info = layout.info
-    made = bytearray(b"\xff\x4f")
-    for marker, at, size in layout.segments:
-        if marker in (_TLM, _PLM):
-            continue
-        begin, drop = len(made), 0
-        made += view[at : at + size]
-        if marker == _SIZ:
-            extent = (-(-info.columns >> reduce), -(-info.rows >> reduce))
-            struct.pack_into(">II", made, begin + 6, *extent)
-            struct.pack_into(">II", made, begin + 22, *extent)
-            if depth is not None:
-                made[begin + 40 :: 3] = bytes([depth]) * info.components
-        elif marker == _COD:
-            made[begin + 9] -= reduce
-            drop = reduce if made[begin + 4] & 1 else 0  # precinct sizes, from the lowest resolution up
-        elif marker in (_QCD, _QCC):
-            # Before the style, QCC has the number of its component, of two bytes when there are more than 256.
-            style = made[begin + (4 if marker == _QCD else 5 if info.components < 257 else 6)] & 0x1F
-            drop = 3 * reduce * {0: 1, 2: 2}.get(style, 0)  # bytes a subband, lowest first; style 1 derives them all
-        if drop:
-            del made[-drop:]
-            struct.pack_into(">H", made, begin + 2, size - 2 - drop)
-    return made
-
-
 def _tile_parts(view: memoryview, at: int) -> tuple[list[tuple[int, int]], bool]:
     """Beginning and end of the tile-parts that are whole, and whether they are all of the stream's."""
     parts: list[tuple[int, int]] = []
@@ -290,6 +309,14 @@ def _tile_parts(view: memoryview, at: int) -> tuple[list[tuple[int, int]], bool]
         if total == len(parts):
             return parts, True
     return parts, bool(parts) and bytes(view[at : at + 2]) == b"\xff\xd9"
+
+
+def _parts_as_supposed(view: memoryview, layout: Layout) -> bool:
+    """Whether a whole stream that does not say the number of its tile-parts has one, or one a resolution."""
+    if view[layout.body + 11]:
+        return True
+    parts, complete = _tile_parts(view, layout.body)
+    return complete and len(parts) in (1, layout.info.levels + 1)
 
 
 def _walk(view: memoryview, layout: Layout, keep: int, trusted: bool) -> Prefix:

@@ -9,11 +9,19 @@ G.2 (reversible colour transform).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ahi_ml.types import AnyArray
 
-__all__ = ["low_pass"]
+__all__ = ["low_pass", "low_pass_range"]
+
+# Sums of the magnitudes of the filter's taps, of both axes: how much wider a range can become. After one step along
+# an axis the taps are (-1, 2, 6, 2, -1) / 8, and their sum 12 / 8; after many it tends to 1.716.
+_GAINS = (1.0, 1.5**2, 1.625**2, 1.6875**2)
+_GAIN_OF_MANY = 2.95
+_ROUNDING = 16  # a step: 0.75 along each axis, widened by the later ones, and in up to three differences of colours
 
 
 def low_pass(image: AnyArray, reduce: int, *, colour_transform: bool = False) -> AnyArray:
@@ -46,6 +54,21 @@ def low_pass(image: AnyArray, reduce: int, *, colour_transform: bool = False) ->
             break
         values = _low(_low(values, 0), 1)
     return _to_rgb(values) if colour_transform else values
+
+
+def low_pass_range(low: int, high: int, reduce: int) -> tuple[int, int]:
+    """Bounds of all low-pass values of frames with stored values from `low` to `high`, at most `reduce` steps down.
+
+    I/O: none.
+
+    Returns
+    -------
+    (int, int)
+        Also of colour with `colour_transform`; a little wider than what can occur.
+    """
+    gain = _GAINS[reduce] if reduce < len(_GAINS) else _GAIN_OF_MANY
+    overshoot = math.ceil((high - low) * (gain - 1) / 2) + _ROUNDING * reduce
+    return low - overshoot, high + overshoot
 
 
 def _low(image: AnyArray, axis: int) -> AnyArray:

@@ -7,6 +7,7 @@ a C-contiguous array. No pickle anywhere: reading a cache runs nobody's code.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ahi_ml.codec import crc32
@@ -16,10 +17,10 @@ __all__ = [
     "DERIVED_START",
     "ENCODED_START",
     "CacheEntry",
+    "EncodedHeader",
     "checked_derived",
     "derived_beginning",
     "derived_header",
-    "encoded_header",
     "is_whole",
     "parse_encoded",
 ]
@@ -27,10 +28,13 @@ __all__ = [
 _CRC = struct.Struct("<I")  # of the header: a flipped flag must not make a frame a verified one
 
 _MAGIC = b"AHIF"
-_FORMAT = 1
-_HEADER = struct.Struct("<4sHHIQ8x")  # magic, format, flags, CRC of the payload, its length
-ENCODED_START = _HEADER.size + _CRC.size
-_VERIFIED = 1
+_FORMAT = 2
+_HEADER = struct.Struct("<4sHHIQ")  # magic, format, flags, CRC of the payload, its length
+_PREFIX = struct.Struct("<II")  # length of the payload's part that a lower resolution needs, and its CRC
+_MOST_PREFIXES = 6  # of a frame with more levels, the shortest of these is enough for the rest
+_PREFIXES = struct.Struct(f"<{2 * _MOST_PREFIXES}I")
+ENCODED_START = _HEADER.size + _PREFIXES.size + _CRC.size
+_VERIFIED, _PART = 1, 2
 
 # What a reader knows beforehand comes first, so that one comparison of bytes tells a fit. The verdict is a word:
 # no flipped bit makes one of the other.
@@ -50,36 +54,92 @@ class CacheEntry:
 
     Parameters
     ----------
-    data : memoryview
-        Its encoded bytes.
+    data : bytes-like
+        Its encoded bytes, or those of them that the resolution asked for needs.
     verified : bool
         Whether its pixels were checked against the data store's checksum when it was written.
+    whole : bool
+        Whether that is all of the frame.
     """
 
-    data: memoryview
+    data: Buffer
     verified: bool
+    whole: bool = True
 
 
-def encoded_header(data: Buffer, *, verified: bool) -> bytes:
-    """Return the header that belongs before an encoded frame."""
-    header = _HEADER.pack(_MAGIC, _FORMAT, _VERIFIED if verified else 0, crc32(data), len(data))
-    return header + _CRC.pack(crc32(header))
+@dataclass(frozen=True, slots=True)
+class EncodedHeader:
+    """What stands before an encoded frame.
+
+    Parameters
+    ----------
+    verified : bool
+        Whether the frame's pixels were checked against the data store's checksum.
+    whole : bool
+        Whether the payload is the whole frame, and not just its first part.
+    length, checksum : int
+        Of the payload: bytes, CRC-32.
+    prefixes : tuple of (int, int)
+        Length and CRC-32 of the payload's part that is enough for ``reduce`` 1, 2, ...; for higher ones the last.
+        Zeros where the payload ends before that.
+    """
+
+    verified: bool
+    whole: bool
+    length: int
+    checksum: int
+    prefixes: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, data: Buffer, *, verified: bool, whole: bool = True, prefixes: Sequence[int] = ()) -> EncodedHeader:
+        """Return the header for bytes, of which those prefixes are enough for ``reduce`` 1, 2, ..."""
+        view = memoryview(data)
+        kept = [length if length <= len(view) else 0 for length in prefixes[:_MOST_PREFIXES]]
+        checksums = {0: 0}
+        done = 0
+        for length in sorted({*kept, len(view)} - {0}):  # one pass: each goes on where the one before ended
+            checksums[length] = crc32(view[done:length], checksums[done])
+            done = length
+        return cls(verified, whole, len(view), checksums[done], tuple((length, checksums[length]) for length in kept))
+
+    def pack(self) -> bytes:
+        """Return its bytes."""
+        flags = (_VERIFIED if self.verified else 0) | (0 if self.whole else _PART)
+        numbers = [number for pair in self.prefixes for number in pair]
+        numbers += [0] * (2 * _MOST_PREFIXES - len(numbers))
+        header = _HEADER.pack(_MAGIC, _FORMAT, flags, self.checksum, self.length) + _PREFIXES.pack(*numbers)
+        return header + _CRC.pack(crc32(header))
+
+    @classmethod
+    def parse(cls, raw: Buffer) -> EncodedHeader | None:
+        """Return what the first bytes of an entry say; None when one of them is not what was written."""
+        if len(raw) < ENCODED_START:
+            return None
+        magic, version, flags, checksum, length = _HEADER.unpack_from(raw)
+        body = memoryview(raw)[: ENCODED_START - _CRC.size]
+        if magic != _MAGIC or version != _FORMAT or _CRC.unpack_from(raw, len(body)) != (crc32(body),):
+            return None
+        numbers = _PREFIXES.unpack_from(raw, _HEADER.size)
+        last = max((place for place in range(_MOST_PREFIXES) if numbers[2 * place]), default=-1)
+        pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))[: last + 1]
+        return cls(bool(flags & _VERIFIED), not flags & _PART, length, checksum, pairs)
+
+    def part(self, reduce: int) -> tuple[int, int] | None:
+        """Length and CRC of what a resolution needs of the payload; None when it is not there."""
+        if reduce and self.prefixes:
+            pair = self.prefixes[min(reduce, len(self.prefixes)) - 1]
+            if pair[0]:
+                return pair
+        return (self.length, self.checksum) if self.whole else None
 
 
-def parse_encoded(raw: Buffer) -> CacheEntry | None:
-    """Return what a whole encoded entry holds; None when a byte of it is not what was written."""
-    if len(raw) < ENCODED_START:
-        return None
-    magic, version, flags, checksum, length = _HEADER.unpack_from(raw)
+def parse_encoded(raw: Buffer) -> tuple[EncodedHeader, memoryview] | None:
+    """Return header and payload of an encoded entry; None when a byte of it is not what was written."""
+    header = EncodedHeader.parse(raw)
     payload = memoryview(raw)[ENCODED_START:]
-    whole = (
-        magic == _MAGIC
-        and version == _FORMAT
-        and _CRC.unpack_from(raw, _HEADER.size) == (crc32(memoryview(raw)[: _HEADER.size]),)
-        and length == len(payload)
-        and checksum == crc32(payload)
-    )
-    return CacheEntry(payload, bool(flags & _VERIFIED)) if whole else None
+    if header is None or header.length != len(payload) or header.checksum != crc32(payload):
+        return None
+    return header, payload
 
 
 def derived_beginning(array: AnyArray, *, verified: bool) -> bytes | None:

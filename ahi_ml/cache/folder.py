@@ -27,7 +27,7 @@ from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
-__all__ = ["CacheFolder", "CacheStats", "FolderState"]
+__all__ = ["CacheFolder", "CacheStats", "FolderState", "read_exactly"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_BYTES = 50 * 10**9
@@ -129,6 +129,13 @@ class CacheFolder:
         with state.lock:
             for name, count in counts.items():
                 setattr(state.stats, name, getattr(state.stats, name) + count)
+
+    def count_hit(self, size: int) -> None:
+        """Count an encoded frame that was there; `count` costs more than finding it. I/O: none."""
+        state = self._state.get()
+        with state.lock:
+            state.stats.hits += 1
+            state.stats.bytes += size
 
     def stats(self) -> dict[str, int]:
         """Return the counts of this process; see `CacheStats`. I/O: none."""
@@ -282,3 +289,11 @@ class CacheFolder:
         """Yield whole entries and unfinished files, whose names end in `PART`. I/O: lists the folder."""
         for folder in [*self._folders(), self._parts]:
             yield from found_in(folder)
+
+
+def read_exactly(descriptor: int, size: int) -> bytes:
+    """Read so many bytes, or all there are. I/O: reads; one call, unless the file system gives less."""
+    data = os.read(descriptor, size)
+    while data and len(data) < size and (more := os.read(descriptor, size - len(data))):
+        data += more
+    return data

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ahi_ml.cache.derived import DerivedTier
-from ahi_ml.cache.entries import CacheEntry, encoded_header, is_whole, parse_encoded
+from ahi_ml.cache.entries import ENCODED_START, CacheEntry, EncodedHeader, is_whole, parse_encoded
 from ahi_ml.cache.eviction import PART, STALE_S, remove
 from ahi_ml.cache.flight import Flights
-from ahi_ml.cache.folder import CacheFolder
+from ahi_ml.cache.folder import CacheFolder, read_exactly
 from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.remote import RemoteTier
+from ahi_ml.codec import crc32
 from ahi_ml.config import cache_places
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer, PathType
 
 __all__ = ["FrameCache"]
+
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 class FrameCache:
@@ -111,12 +114,19 @@ class FrameCache:
         """Return the tier of results of one recipe; see `DerivedTier`. Made once a dataset. I/O: none."""
         return DerivedTier(self._folder, datastore_id, recipe)
 
-    def get(self, datastore_id: str, frame_id: str) -> CacheEntry | None:
+    def get(self, datastore_id: str, frame_id: str, reduce: int = 0) -> CacheEntry | None:
         """The cached frame, or None.
 
         I/O: one file; a damaged one is deleted and counted. When there is none, one request to the remote tier, if
-        there is one; what it gives is kept in the folder as well. Every byte is checked: a decoder would not
-        notice, and the check takes a hundredth of the decoding.
+        there is one; what it gives is kept in the folder as well. Every byte that is read is checked: a decoder would
+        not notice, and the check takes a hundredth of the decoding.
+
+        Parameters
+        ----------
+        datastore_id, frame_id : str
+            Which.
+        reduce : int
+            Resolution levels that will be left out: no more is read than the others need.
 
         Raises
         ------
@@ -128,40 +138,49 @@ class FrameCache:
         path = folder.place(name)
         try:
             folder.check_private()
-            with open(path, "rb", buffering=0) as file:
-                raw = file.read()
-                used = os.fstat(file.fileno()).st_mtime
+            descriptor = os.open(path, _READ)
+            try:
+                status = os.fstat(descriptor)
+                header = EncodedHeader.parse(os.read(descriptor, ENCODED_START))
+                if header is not None and status.st_size != ENCODED_START + header.length:
+                    header = None
+                part = header.part(reduce) if header else None
+                data = read_exactly(descriptor, part[0]) if part else b""
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
-            return self._from_remote(name)
+            return self._from_remote(name, reduce)
         except OSError as error:
             folder.disable(error)
-            return self._from_remote(name)
-        entry = parse_encoded(raw)
-        if entry is None:
+            return self._from_remote(name, reduce)
+        if header is None or (part and (len(data) != part[0] or crc32(data) != part[1])):
             folder.drop(path)
             folder.count(corrupt=1)
-            return self._from_remote(name)
-        folder.touch(path, used)
-        folder.count(hits=1, bytes=len(entry.data))
-        return entry
+            return self._from_remote(name, reduce)
+        if part is None:  # of a lower resolution than asked for
+            return self._from_remote(name, reduce)
+        folder.touch(path, status.st_mtime)
+        folder.count_hit(len(data))
+        return CacheEntry(data, header.verified, header.whole and len(data) == header.length)
 
-    def _from_remote(self, name: str) -> CacheEntry | None:
+    def _from_remote(self, name: str, reduce: int) -> CacheEntry | None:
         raw = self._remote.get(name) if self._remote is not None else None
-        entry = self._accept(name, raw) if raw is not None else None
-        if entry is None:
+        found = self._accept(name, raw) if raw is not None else None
+        part = found[0].part(reduce) if found else None
+        if found is None or part is None:
             self._folder.count(misses=1)
-        else:
-            self._folder.count(hits=1, remote_hits=1, bytes=len(entry.data))
-        return entry
+            return None
+        self._folder.count(hits=1, remote_hits=1, bytes=part[0])
+        return CacheEntry(found[1][: part[0]], found[0].verified, part[0] == found[0].length)
 
-    def _accept(self, name: str, raw: bytes) -> CacheEntry | None:
+    def _accept(self, name: str, raw: bytes) -> tuple[EncodedHeader, memoryview] | None:
         """Check what the remote tier gave and keep it in the folder. Damaged, it is replaced by whoever fetches it."""
-        entry = parse_encoded(raw)
-        if entry is None:
+        found = parse_encoded(raw)
+        if found is None:
             self._folder.count(corrupt=1)
         else:
-            self._folder.write(name, raw[: len(raw) - len(entry.data)], entry.data)
-        return entry
+            self._folder.write(name, raw[:ENCODED_START], found[1])
+        return found
 
     def bring(self, datastore_id: str, frame_ids: Sequence[str]) -> int:
         """Copy frames that only the remote tier has into the folder, many at once.
@@ -185,20 +204,43 @@ class FrameCache:
         if self._remote is not None:
             self._remote.flush()
 
-    def put(self, datastore_id: str, frame_id: str, data: Buffer, *, verified: bool) -> None:
+    def put(
+        self,
+        datastore_id: str,
+        frame_id: str,
+        data: Buffer,
+        *,
+        verified: bool,
+        whole: bool = True,
+        prefixes: Sequence[int] = (),
+    ) -> None:
         """Store a frame.
 
         I/O: one file; when the disk refuses, one warning and no more writes from then on. Now and then a listing
         and removals, to stay below the bound. With a remote tier, one request in the background.
+
+        Parameters
+        ----------
+        datastore_id, frame_id : str
+            Which.
+        data : bytes-like
+            Its encoded bytes.
+        verified : bool
+            Whether its pixels were compared with the data store's checksum.
+        whole : bool
+            False for the first part of a frame only.
+        prefixes : sequence of int
+            How many of the bytes lower resolutions need, by `codec.prefixes`; without, a `get` reads all of them.
 
         Raises
         ------
         CacheError
             Others can look into the folder.
         """
-        name, header = self.name(datastore_id, frame_id), encoded_header(data, verified=verified)
+        name = self.name(datastore_id, frame_id)
+        header = EncodedHeader.of(data, verified=verified, whole=whole, prefixes=prefixes).pack()
         self._folder.write(name, header, data)
-        if self._remote is not None:
+        if self._remote is not None and whole:
             self._remote.put(name, b"".join((header, data)))
 
     def drop(self, datastore_id: str, frame_id: str) -> None:

@@ -49,15 +49,15 @@ _JPEG_2000 = ("htj2k", "j2k")
 _EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with store.reader.fetch() and a video library"}
 
 
-def crc32(data: Buffer | AnyArray) -> int:
-    """CRC-32 (zlib's polynomial) of bytes or of a C-contiguous array, unsigned.
+def crc32(data: Buffer | AnyArray, before: int = 0) -> int:
+    """CRC-32 (zlib's polynomial) of bytes or of a C-contiguous array, unsigned; `before` is that of what stands before.
 
     I/O: none; releases the GIL. The service's checksums are of little-endian samples, which is
     what the arrays of every supported machine hold.
     """
     if isinstance(data, np.ndarray) and not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)
-    return int(imagecodecs.deflate_crc32(data))
+    return int(imagecodecs.deflate_crc32(data, before))
 
 
 def decode(

@@ -150,6 +150,11 @@ class FrameSource(NamedTuple):
     maximum: int | None = None
 
     @property
+    def extremes(self) -> tuple[int, int] | None:
+        """Lowest and highest stored value, where the data store says them."""
+        return None if self.minimum is None or self.maximum is None else (self.minimum, self.maximum)
+
+    @property
     def problem(self) -> MetadataError | None:
         """Why the frame cannot be decoded, if it cannot."""
         return self.kind if isinstance(self.kind, MetadataError) else None

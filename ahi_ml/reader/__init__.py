@@ -21,6 +21,7 @@ import numpy as np
 
 from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
+from ahi_ml.codec import prefixes
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
@@ -161,9 +162,9 @@ class Reader:
             flights.land(name)
         task.batch.finish(task.slot, outcome)
 
-    def _made(self, task: Task, data: Buffer, *, trusted: bool) -> tuple[AnyArray, Made]:
-        out = task.batch.out(task.slot)
-        return out, make_frame(task.source, task.options, data, out, trusted=trusted, again=task.fetches > 1)
+    def _make(self, task: Task, data: Buffer, *, trusted: bool, whole: bool = True) -> tuple[AnyArray, Made]:
+        out, again = task.batch.out(task.slot), task.fetches > 1
+        return out, make_frame(task.source, task.options, data, out, trusted=trusted, whole=whole, again=again)
 
     def _done(self, task: Task, array: AnyArray, verified: bool) -> None:
         """A frame was made: keep it where results are kept, and hand it out."""
@@ -225,13 +226,13 @@ class Reader:
     def _from_cache(self, task: Task, cache: FrameCache) -> None:
         source = task.source
         started = perf_counter()
-        entry = cache.get(self._datastore_id, source.frame_id)
+        entry = cache.get(self._datastore_id, source.frame_id, task.options.reduce)
         if entry is None:
             self._download(task, cache)
             return
         read_s = perf_counter() - started
         try:
-            array, made = self._made(task, entry.data, trusted=entry.verified)
+            array, made = self._make(task, entry.data, trusted=entry.verified, whole=entry.whole)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
@@ -276,7 +277,7 @@ class Reader:
         data = done.result()
         source = task.source
         try:
-            array, made = self._made(task, data, trusted=False)
+            array, made = self._make(task, data, trusted=False)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
@@ -287,7 +288,9 @@ class Reader:
             self._fetch(task, cache)
             return
         if cache is not None:
-            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified)
+            kind = source.profile
+            lengths = prefixes(data, kind.syntax, kind.pixels)
+            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, prefixes=lengths)
         self._count(made, fetched=1, size=len(data))
         self._done(task, array, made.verified)
 

@@ -37,7 +37,14 @@ class Made:
 
 
 def make_frame(
-    source: FrameSource, options: ReadOptions, data: Buffer, out: AnyArray, *, trusted: bool, again: bool = False
+    source: FrameSource,
+    options: ReadOptions,
+    data: Buffer,
+    out: AnyArray,
+    *,
+    trusted: bool,
+    whole: bool = True,
+    again: bool = False,
 ) -> Made:
     """Decode, verify and convert a frame into `out`.
 
@@ -53,6 +60,8 @@ def make_frame(
         Written to.
     trusted : bool
         Whether the bytes were compared with the checksum before.
+    whole : bool
+        Whether `data` is all of the frame.
     again : bool
         Whether they were fetched for the second time.
 
@@ -63,7 +72,10 @@ def make_frame(
     """
     profile = source.profile
     check = options.verify and not trusted and source.checksum is not None
-    if check and profile.checksum_of == "bytes" and crc32(data) != source.checksum:
+    # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
+    of_bytes = check and profile.checksum_of == "bytes" and whole
+    of_pixels = check and profile.checksum_of == "samples" and options.reduce == 0
+    if of_bytes and crc32(data) != source.checksum:
         raise _mismatch(source, "encoded bytes", again)
     shape, dtype = profile.shape(options.output, options.reduce), options.result_dtype(profile)
     if out.shape != shape or out.dtype != dtype:
@@ -72,18 +84,17 @@ def make_frame(
     direct = options.output == "stored" and dtype == profile.pixels.dtype and out.flags.c_contiguous
     try:
         place = out if direct else _scratch_array(profile.pixels.reduced(options.reduce))
-        stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce)
+        extremes = source.extremes if options.reduce else None
+        stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce, extremes=extremes)
     except DecodeError as error:
         where = f"frame {source.frame_id} of image set {source.image_set_id}"
         raise type(error)(f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
-    whole = options.reduce == 0
-    if check and whole and profile.checksum_of == "samples" and crc32(stored) != source.checksum:
+    if of_pixels and crc32(stored) != source.checksum:
         raise _mismatch(source, "decoded pixels", again)
     decoded = perf_counter()
     if not direct:
         convert_values(stored, profile, options, out)
-    compared = profile.checksum_of == "bytes" or (whole and profile.checksum_of == "samples")
-    return Made(trusted or (check and compared), decoded - started, perf_counter() - decoded)
+    return Made(trusted or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
 
 
 def _scratch_array(pixels: PixelFormat) -> AnyArray:

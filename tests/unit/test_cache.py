@@ -25,7 +25,7 @@ from ahi_ml.errors import CacheError
 
 STORE, FRAME = "d" * 32, "0" * 32
 DATA = bytes(range(256)) * 40
-HEADER = 32
+HEADER = 72
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def counts(cache: FrameCache) -> dict[str, int]:
     return {name: count for name, count in cache.stats().items() if count}
 
 
-def get(cache: FrameCache, frame: str = FRAME) -> CacheEntry:
-    entry = cache.get(STORE, frame)
+def get(cache: FrameCache, frame: str = FRAME, reduce: int = 0) -> CacheEntry:
+    entry = cache.get(STORE, frame, reduce)
     assert entry is not None
     return entry
 
@@ -82,7 +82,7 @@ class TestEntries:
         raw = only_file(cache).read_bytes()
         header = b"AHIF" + b"".join(
             value.to_bytes(size, "little")
-            for value, size in ((1, 2), (1, 2), (zlib.crc32(DATA), 4), (len(DATA), 8), (0, 8))
+            for value, size in ((2, 2), (1, 2), (zlib.crc32(DATA), 4), (len(DATA), 8), (0, 48))
         )
         assert raw == header + zlib.crc32(header).to_bytes(4, "little") + DATA
 
@@ -141,6 +141,57 @@ class TestEntries:
         monkeypatch.setenv("AHI_ML_CACHE", str(tmp_path / "named"))
         assert cache_folder() == tmp_path / "named"
         assert cache_folder(tmp_path / "argument") == tmp_path / "argument"
+
+
+class TestPrefixes:
+    """A lower resolution needs the first part of a frame, and reads no more."""
+
+    PREFIXES = (4000, 1200, 300)
+
+    @pytest.fixture
+    def kept(self, cache: FrameCache) -> FrameCache:
+        cache.put(STORE, FRAME, DATA, verified=True, prefixes=self.PREFIXES)
+        return cache
+
+    @pytest.mark.parametrize(("reduce", "size"), [(0, len(DATA)), (1, 4000), (2, 1200), (3, 300), (4, 300), (8, 300)])
+    def test_what_is_read(self, kept: FrameCache, reduce: int, size: int) -> None:
+        entry = kept.get(STORE, FRAME, reduce)
+        assert entry is not None
+        assert (entry.data, entry.verified, entry.whole) == (DATA[:size], True, reduce == 0)
+        assert kept.stats()["bytes"] == size
+
+    def test_more_levels_than_the_header_has_room_for(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True, prefixes=range(900, 0, -100))
+        assert [len(get(cache, reduce=reduce).data) for reduce in (1, 6, 7, 8)] == [900, 400, 400, 400]
+
+    def test_without_prefixes_all_is_read(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        assert (get(cache, reduce=2).data, get(cache, reduce=2).whole) == (DATA, True)
+
+    def test_damage_in_the_part_is_noticed(self, kept: FrameCache) -> None:
+        path = only_file(kept)
+        raw = path.read_bytes()
+        path.write_bytes(raw[: HEADER + 500] + bytes([raw[HEADER + 500] ^ 1]) + raw[HEADER + 501 :])
+        assert get(kept, reduce=3).data == DATA[:300]  # before the damage
+        assert kept.get(STORE, FRAME, 2) is None
+        assert not path.exists()
+        assert kept.stats()["corrupt"] == 1
+
+    def test_a_file_cut_behind_the_part_is_noticed(self, kept: FrameCache) -> None:
+        path = only_file(kept)
+        path.write_bytes(path.read_bytes()[:-1])
+        assert kept.get(STORE, FRAME, 3) is None
+
+    def test_the_first_part_alone(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA[:1200], verified=False, whole=False, prefixes=self.PREFIXES)
+        assert cache.get(STORE, FRAME) is None
+        assert cache.get(STORE, FRAME, 1) is None
+        assert counts(cache) == {"misses": 2, "writes": 1}
+        assert (get(cache, reduce=2).data, get(cache, reduce=2).whole) == (DATA[:1200], False)
+        assert get(cache, reduce=3).data == DATA[:300]
+        assert cache.verify()["corrupt"] == 0
+        cache.put(STORE, FRAME, DATA, verified=True, prefixes=self.PREFIXES)  # the frame itself takes its place
+        assert get(cache).data == DATA
 
 
 class TestDamage:
@@ -247,7 +298,11 @@ class TestTrouble:
         cache.put(STORE, "before", DATA, verified=True)
         cache = FrameCache(cache.folder)
 
+        real = os.open
+
         def refuse(*arguments: Any, **options: Any) -> Any:
+            if call == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
+                return real(*arguments, **options)
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, call, refuse)

@@ -235,7 +235,7 @@ class TestDamage:
         size = cache.size()[1]
         assert cache.verify() == {"entries": 12, "bytes": size, "corrupt": 0, "unreadable": 0}
         paths = [
-            path for path in cache.folder.glob("frames/*/*") if path.stat().st_size in (1032, IMAGE.nbytes + HEADER)
+            path for path in cache.folder.glob("frames/*/*") if path.stat().st_size in (1072, IMAGE.nbytes + HEADER)
         ]
         for path in sorted(paths, key=lambda path: path.stat().st_size)[4:8]:  # two of each
             raw = bytearray(path.read_bytes())

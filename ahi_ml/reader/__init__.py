@@ -92,7 +92,7 @@ class Reader:
         Batch
             Its arrays are `outs` when given.
         """
-        batch = Batch(sources, options, outs)
+        batch = Batch(sources, options, outs, self._ended)
         slots = [slot for slot, source in enumerate(sources) if not isinstance(source.kind, MetadataError)]
         if len(slots) < len(sources):
             batch.finish_many((slot, source.problem) for slot, source in enumerate(sources) if source.problem)
@@ -133,6 +133,10 @@ class Reader:
         with self._lock:
             return asdict(self._stats)
 
+    def _ended(self, counts: ReaderStats) -> None:
+        with self._lock:
+            self._stats.add(counts)
+
     def close(self) -> None:
         """End the threads; frames under way are dropped. I/O: none."""
         self._transport.close()
@@ -152,7 +156,8 @@ class Reader:
                 self._finish(task, error)
 
     def _hand_over(self, task: Task, stage: Stage, given: Any) -> None:
-        """Give a task to the pool."""
+        """Give a task to the pool, when what it waited for has come."""
+        task.batch.arrived = perf_counter()
         self._pool.put(partial(self._each, iter((task,)), stage, given))
 
     def _finish(self, task: Task, outcome: AnyArray | BaseException) -> None:
@@ -166,11 +171,18 @@ class Reader:
         out, again = task.batch.out(task.slot), task.fetches > 1
         return out, make_frame(task.source, task.options, data, out, trusted=trusted, whole=whole, again=again)
 
-    def _done(self, task: Task, array: AnyArray, verified: bool) -> None:
+    def _done(self, task: Task, array: AnyArray, made: Made, **counts: Any) -> None:
         """A frame was made: keep it where results are kept, and hand it out."""
         if task.derived is not None:
             tier, key = task.derived
-            tier.write(key, array, verified)
+            tier.write(key, array, made.verified)
+        task.batch.count(
+            verified=made.verified,
+            unverified=not made.verified,
+            decode_s=made.decode_s,
+            convert_s=made.convert_s,
+            **counts,
+        )
         self._finish(task, array)
 
     def _from_derived(
@@ -201,12 +213,12 @@ class Reader:
                 if row is not out:
                     np.copyto(out, row)
                 hits.append((slot, out))
-        with self._lock:
-            stats = self._stats
-            stats.read_s += perf_counter() - started
-            stats.cached += len(hits)
-            stats.verified += found.count(True)
-            stats.unverified += found.count(False)
+        batch.count(
+            cached=len(hits),
+            verified=found.count(True),
+            unverified=found.count(False),
+            read_s=perf_counter() - started,
+        )
         if len(hits) == len(keys):
             left = {}
         else:
@@ -240,8 +252,7 @@ class Reader:
             cache.drop(self._datastore_id, source.frame_id)
             self._download(task, cache)
             return
-        self._count(made, cached=1, read_s=read_s)
-        self._done(task, array, made.verified)
+        self._done(task, array, made, cached=1, read_s=read_s)
 
     def _download(self, task: Task, cache: FrameCache) -> None:
         """Fetch a frame unless somebody does: then look into the cache again when they are done."""
@@ -283,25 +294,11 @@ class Reader:
         except (ChecksumError, DecodeError):
             if task.fetches > 1:
                 raise
-            with self._lock:
-                self._stats.refetched += 1
+            task.batch.count(refetched=1)
             self._fetch(task, cache)
             return
         if cache is not None:
             kind = source.profile
             lengths = prefixes(data, kind.syntax, kind.pixels)
             cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, prefixes=lengths)
-        self._count(made, fetched=1, size=len(data))
-        self._done(task, array, made.verified)
-
-    def _count(self, made: Made, *, cached: int = 0, fetched: int = 0, size: int = 0, read_s: float = 0.0) -> None:
-        with self._lock:
-            stats = self._stats
-            stats.cached += cached
-            stats.fetched += fetched
-            stats.bytes_fetched += size
-            stats.verified += made.verified
-            stats.unverified += not made.verified
-            stats.read_s += read_s
-            stats.decode_s += made.decode_s
-            stats.convert_s += made.convert_s
+        self._done(task, array, made, fetched=1, bytes_fetched=len(data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ahi_ml.cache import DerivedTier, Flights
 from ahi_ml.index import FrameSource
 from ahi_ml.reader.options import ReadOptions
+from ahi_ml.reader.stats import ReaderStats
 from ahi_ml.types import AnyArray
 
 __all__ = ["Batch", "Task"]
@@ -30,14 +31,30 @@ class Batch:
     outs : sequence of ndarray, optional
         Where to; allocated as frames come, without.
 
+    ended : callable, optional
+        Called with the batch's counts when all are there, by whichever thread brings the last one.
+
     Attributes
     ----------
+    stats : ReaderStats
+        Of its frames so far.
+    arrived : float
+        When a frame last came from the network, or from another reader's, by `time.perf_counter`; 0 if none did.
     failed : bool
         Whether an outcome so far is an error.
     """
 
-    def __init__(self, sources: Sequence[FrameSource], options: ReadOptions, outs: Sequence[AnyArray] | None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[FrameSource],
+        options: ReadOptions,
+        outs: Sequence[AnyArray] | None = None,
+        ended: Callable[[ReaderStats], None] | None = None,
+    ) -> None:
         self.sources, self.options, self.outs = sources, options, outs
+        self.stats = ReaderStats()
+        self.arrived = 0.0
+        self._ended = ended
         self._outcomes: list[AnyArray | BaseException | None] = [None] * len(sources)
         self._left = len(sources)
         self._lock = threading.Lock()
@@ -67,7 +84,35 @@ class Batch:
                 if isinstance(outcome, BaseException):
                     self.failed = True
             if self._left == 0:
+                if self._ended is not None:
+                    self._ended(self.stats)
                 self._done.set()
+
+    def count(
+        self,
+        *,
+        cached: int = 0,
+        fetched: int = 0,
+        verified: int = 0,
+        unverified: int = 0,
+        refetched: int = 0,
+        bytes_fetched: int = 0,
+        read_s: float = 0.0,
+        decode_s: float = 0.0,
+        convert_s: float = 0.0,
+    ) -> None:
+        """Add to the counts, before the frames they are of are finished. Called by the reader."""
+        with self._lock:
+            stats = self.stats
+            stats.cached += cached
+            stats.fetched += fetched
+            stats.verified += verified
+            stats.unverified += unverified
+            stats.refetched += refetched
+            stats.bytes_fetched += bytes_fetched
+            stats.read_s += read_s
+            stats.decode_s += decode_s
+            stats.convert_s += convert_s
 
     def cancel(self) -> None:
         """Let frames go that have not been decoded, and requests that have not been sent. I/O: none."""

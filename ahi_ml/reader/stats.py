@@ -9,7 +9,7 @@ __all__ = ["ReaderStats"]
 
 @dataclass(slots=True)
 class ReaderStats:
-    """Counts of frames since the reader was made, and seconds of its decoding threads.
+    """Counts of frames, and seconds of the threads that read them.
 
     Parameters
     ----------
@@ -35,3 +35,8 @@ class ReaderStats:
     read_s: float = 0.0
     decode_s: float = 0.0
     convert_s: float = 0.0
+
+    def add(self, other: ReaderStats) -> None:
+        """Add the counts and seconds of other frames. I/O: none."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -16,7 +16,8 @@ from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.utils import get_environ_proxies
 
 from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, translated, unsent
-from ahi_ml.client.lean import CurlTransport, LeanEndpoint, misfit
+from ahi_ml.client.lean import CurlTransport, misfit
+from ahi_ml.client.multi import LeanEndpoint
 from ahi_ml.client.sessions import Connection
 from ahi_ml.errors import AhiError, ServiceError
 

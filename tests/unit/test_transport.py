@@ -46,7 +46,8 @@ from hypothesis import strategies as st
 
 from ahi_ml.client import AccessKeys, BestTransport, Boto3Transport, Connection, Service, failures, make_connection
 from ahi_ml.client import lean as lean_module
-from ahi_ml.client.lean import CurlTransport, LeanEndpoint
+from ahi_ml.client.lean import CurlTransport
+from ahi_ml.client.multi import LeanEndpoint
 from ahi_ml.client.signing import FrameSigner
 from ahi_ml.client.transport import FrameTransport, lean_endpoint
 from ahi_ml.errors import (

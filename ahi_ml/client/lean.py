@@ -23,7 +23,17 @@ from urllib.parse import quote, urlsplit
 from botocore.awsrequest import HeadersDict
 from botocore.parsers import create_parser
 
-from ahi_ml.client.failures import ATTEMPTS, answer_error, closed, no_answer, pause_s, translated, unsent
+from ahi_ml.client.failures import (
+    ATTEMPTS,
+    answer_error,
+    closed,
+    is_throttling,
+    no_answer,
+    pause_s,
+    translated,
+    unsent,
+)
+from ahi_ml.client.governor import Governor
 from ahi_ml.client.multi import LeanEndpoint, Multi, Request
 from ahi_ml.client.signing import FrameSigner
 from ahi_ml.errors import AhiError, ServiceError
@@ -58,9 +68,13 @@ class CurlTransport:
         The data store.
     in_flight : int
         Requests at a time; further ones wait in order.
+    governor : Governor, optional
+        Says when each may go; at once by default.
     """
 
-    def __init__(self, endpoint: LeanEndpoint, datastore_id: str, *, in_flight: int = 56) -> None:
+    def __init__(
+        self, endpoint: LeanEndpoint, datastore_id: str, *, in_flight: int = 56, governor: Governor | None = None
+    ) -> None:
         self._endpoint = endpoint
         parts = urlsplit(endpoint.base_url)
         host = _host(endpoint.base_url)
@@ -68,6 +82,8 @@ class CurlTransport:
         self._origin = f"{parts.scheme}://{host}"
         self._signer = FrameSigner(endpoint.credentials, endpoint.region, host)
         self._in_flight = in_flight
+        self._governor = governor or Governor()
+        self._pace = self._governor.pace("GetImageFrame")
         self._waiting: deque[Request] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -95,6 +111,10 @@ class CurlTransport:
                 self._bell.send(b"\0")
                 self._woken = True
         return request.future
+
+    def stats(self) -> dict[str, float]:
+        """Counts of requests so far; see `Counts`. I/O: none."""
+        return self._governor.stats("GetImageFrame")
 
     def close(self) -> None:
         """Drop every request and end the thread. I/O: closes the connections."""
@@ -133,26 +153,34 @@ class CurlTransport:
             self._bell.close()
 
     def _work(self, loop: Multi) -> None:
-        later = self._later
         while not self._closed:
             now = time.monotonic()
-            while later and later[0][0] <= now and loop.free:
-                self._start(loop, heapq.heappop(later)[2])
-            while loop.free:
-                try:
-                    request = self._waiting.popleft()
-                except IndexError:
-                    break
-                if request.future.set_running_or_notify_cancel():
-                    request.deadline = now + _DEADLINE_S
-                    self._start(loop, request)
-            # While every handle is busy, the next thing to do is an answer's, however long a retry is due.
-            if loop.turn(later[0][0] - now if later and loop.free else None):
+            due = self._fill(loop, now)
+            if loop.turn(None if due is None else due - now):
                 # In this order: a fetch before the flag falls does not ring, and is found at the top of the
                 # loop; one after it rings a bell that nobody silences.
                 self._drain()
                 with self._lock:
                     self._woken = False
+
+    def _fill(self, loop: Multi, now: float) -> float | None:
+        """Start what may start; return when the next request may, unless that is for an answer or a fetch to say."""
+        later, waiting, pace = self._later, self._waiting, self._pace
+        while loop.free:  # while every handle is busy, the next thing to do is an answer's
+            again = bool(later) and later[0][0] <= now
+            if not again and not waiting:
+                return later[0][0] if later else None
+            due = pace.due(len(waiting) + again, now)
+            if due > now:
+                return due
+            request = heapq.heappop(later)[2] if again else waiting.popleft()
+            if not again:
+                if not request.future.set_running_or_notify_cancel():
+                    continue
+                request.deadline = now + _DEADLINE_S
+            pace.take(now)
+            self._start(loop, request)
+        return None
 
     def _drain(self) -> None:
         try:
@@ -176,6 +204,7 @@ class CurlTransport:
 
     def _start(self, loop: Multi, request: Request) -> None:
         request.attempt += 1
+        self._pace.counts.retried += request.attempt > 1
         request.body, request.head = BytesIO(), []
         try:
             path = f"{self._path}{quote(request.image_set_id, safe='')}/getImageFrame"
@@ -194,6 +223,8 @@ class CurlTransport:
         if error is None:
             request.future.set_result(request.body.getvalue())
             return
+        if is_throttling(error.code, error.status):
+            self._pace.throttled()
         now = time.monotonic()
         if error.retryable and request.attempt < ATTEMPTS and now < request.deadline and not self._closed:
             heapq.heappush(self._later, (now + pause_s(request.attempt), next(self._count), request))

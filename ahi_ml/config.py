@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
-__all__ = ["cache_folder", "cache_places", "decode_threads", "index_folder"]
+from ahi_ml.errors import ConfigError
+from ahi_ml.types import RateLimit
+
+__all__ = [
+    "QUOTAS",
+    "Quota",
+    "cache_folder",
+    "cache_places",
+    "decode_threads",
+    "index_folder",
+    "node_share",
+    "rate_limits",
+    "shared_folder",
+]
 
 _CACHE_VARIABLE = "AHI_ML_CACHE"
+_RATE_VARIABLE = "AHI_ML_RATE_LIMIT"
+_BURST = 2.0  # of a rate that comes alone, in seconds: about what the service's own quotas have
+
+Quota = tuple[float, float]
+"""Requests a second, and how many at once after a pause."""
+
+QUOTAS: dict[str, Quota] = {
+    "CreateDatastore": (0.085, 1),
+    "DeleteDatastore": (0.085, 1),
+    "GetDatastore": (10, 20),
+    "ListDatastores": (5, 10),
+    "StartDICOMImportJob": (1, 2),
+    "GetDICOMImportJob": (25, 50),
+    "ListDICOMImportJobs": (10, 20),
+    "SearchImageSets": (25, 50),
+    "GetImageSet": (25, 50),
+    "GetImageSetMetadata": (50, 100),
+    "GetImageFrame": (1000, 2000),
+    "ListImageSetVersions": (25, 50),
+    "UpdateImageSetMetadata": (0.25, 1),
+    "CopyImageSet": (0.25, 1),
+    "DeleteImageSet": (0.25, 1),
+    "TagResource": (10, 20),
+    "UntagResource": (10, 20),
+    "ListTagsForResource": (10, 20),
+}
+"""What the service grants an account and region by default, by operation."""
 
 
 def cache_folder(argument: str | os.PathLike[str] | None = None) -> Path:
@@ -58,3 +102,76 @@ def decode_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def rate_limits(argument: RateLimit | None = None) -> dict[str, Quota] | None:
+    """The quotas to keep: the argument, then ``AHI_ML_RATE_LIMIT``. I/O: none.
+
+    Parameters
+    ----------
+    argument : float or mapping, optional
+        Frames a second; or a mapping of operations to requests a second, or to these and the burst. Infinity lifts
+        a limit. The variable has the same, a mapping as JSON.
+
+    Returns
+    -------
+    dict or None
+        By operation, for those that were named; None when nothing was.
+
+    Raises
+    ------
+    ConfigError
+        No operation of the service, or no positive number.
+    """
+    where, given = "rate_limit", argument
+    if given is None:
+        where, text = _RATE_VARIABLE, os.environ.get(_RATE_VARIABLE)
+        if not text:
+            return None
+        try:
+            given = json.loads(text)
+        except ValueError:
+            raise ConfigError(
+                f"{_RATE_VARIABLE} is a number of frames a second or a JSON object, not {text!r}"
+            ) from None
+    named: Mapping[str, Any] = given if isinstance(given, Mapping) else {"GetImageFrame": given}
+    if unknown := sorted(str(name) for name in set(named) - set(QUOTAS)):
+        raise ConfigError(f"{where}: {', '.join(unknown)} is no operation of the service: {', '.join(QUOTAS)}")
+    return {name: _quota(value, f"{where}: {name}") for name, value in named.items()}
+
+
+def _quota(value: Any, where: str) -> Quota:
+    pair = list(value) if isinstance(value, list | tuple) else [value, None]
+    if len(pair) == 2 and pair[1] is None and _positive(pair[0]):
+        pair[1] = max(_BURST * pair[0], 1.0)
+    if len(pair) != 2 or not all(_positive(each) for each in pair) or pair[1] < 1:
+        raise ConfigError(
+            f"{where} must be requests a second (a positive number), or these and a burst of at least 1, not {value!r}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def node_share() -> float:
+    """The part of an account's budget that is this machine's. I/O: none.
+
+    Its share of the processes of a distributed run, by the ``LOCAL_WORLD_SIZE`` and ``WORLD_SIZE`` that torchrun sets;
+    all of it otherwise.
+    """
+    try:
+        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 1.0
+    return here / everywhere if 0 < here <= everywhere else 1.0
+
+
+def shared_folder() -> Path:
+    """Where processes of one user share what this machine forgets when it starts anew. I/O: none.
+
+    In the folder of temporary files, not in the cache folder: that may lie on a network, for several machines, and
+    processes with different caches share this all the same.
+    """
+    return Path(tempfile.gettempdir()) / (f"ahi_ml-{os.getuid()}" if hasattr(os, "getuid") else "ahi_ml")

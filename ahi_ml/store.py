@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
 from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, make_s3_client, translated
+from ahi_ml.config import Quota, rate_limits
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
 from ahi_ml.imports.staging import JobLimits
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.reader import Reader
 from ahi_ml.search import Search, make_search
-from ahi_ml.types import PathType
+from ahi_ml.types import PathType, RateLimit
 
 if TYPE_CHECKING:
     from ahi_ml.local.process import Lease
@@ -47,6 +48,8 @@ class Target:
         Region, profile and endpoint.
     cache : str or None
         Folder or URL given for the cache.
+    limits : dict or None
+        Quotas to keep, by operation.
     """
 
     datastore_id: str | None
@@ -54,6 +57,7 @@ class Target:
     name: str = _DEFAULT
     service: Service = field(default_factory=Service)
     cache: str | None = None
+    limits: dict[str, Quota] | None = field(default=None, hash=False)
 
 
 @dataclass(slots=True)
@@ -114,7 +118,7 @@ class DataStore:
     def _open_service(self) -> _Session:
         target = self._target
         assert target.datastore_id is not None
-        connection = make_connection(target.service)
+        connection = make_connection(target.service, limits=target.limits)
         region = connection.client.meta.region_name
         places = ImportPlaces(s3=lambda: make_s3_client(region, target.service.profile))
         return self._session(connection, target.datastore_id, places, {})
@@ -132,7 +136,7 @@ class DataStore:
             endpoint_url=endpoint.url,
             keys=AccessKeys(keys.access_key_id, keys.secret_access_key),
         )
-        connection = make_connection(service)
+        connection = make_connection(service, limits=target.limits)
         places = ImportPlaces(
             role_arn=f"arn:aws:iam::{endpoint.account}:role/embedded-store",
             output_uri="s3://import-reports/",
@@ -345,6 +349,7 @@ def connect(
     endpoint_url: str | None = None,
     datastore: str = _DEFAULT,
     cache: PathType | None = None,
+    rate_limit: RateLimit | None = None,
     faults: Mapping[str, Any] | None = None,
     create: bool = True,
 ) -> DataStore:
@@ -365,6 +370,11 @@ def connect(
     cache : path or str, optional
         Folder of the frame cache; else ``AHI_ML_CACHE``, else the user's cache folder. A URL such as
         ``s3://bucket/prefix`` keeps frames there as well as in the folder.
+    rate_limit : float or mapping, optional
+        The account's quotas, where they differ from the service's defaults: frames a second, or a mapping of
+        operations to requests a second or to these and the burst; else ``AHI_ML_RATE_LIMIT``. What is not named has
+        the service's default at an endpoint of AWS, and no limit elsewhere; ``math.inf`` lifts one. All processes of
+        a machine keep them together.
     faults : mapping, optional
         Slows an embedded store down or makes it fail, for tests: ``{"latency_ms": 30}``.
     create : bool
@@ -384,10 +394,12 @@ def connect(
     """
     name = os.fspath(target)
     cache_place = os.fspath(cache) if cache is not None else None
+    limits = rate_limits(rate_limit)
     if isinstance(target, str) and _ID.fullmatch(name):
         if faults or datastore != _DEFAULT:
             raise ConfigError("faults and datastore are options of embedded stores, and this target is a data store id")
-        return DataStore(Target(name, None, service=Service(region, profile, endpoint_url), cache=cache_place))
+        service = Service(region, profile, endpoint_url)
+        return DataStore(Target(name, None, service=service, cache=cache_place, limits=limits))
     if isinstance(target, str) and _LIKE_AN_ID.fullmatch(name) and not os.path.isdir(name):
         raise ConfigError(
             f"{name!r} looks like a mistyped data store id ({len(name)} characters; ids have 32 of 0-9 and a-z). "
@@ -400,6 +412,6 @@ def connect(
     if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
         raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
     folder = Path(os.path.realpath(Path(name).expanduser()))
-    store = DataStore(Target(None, folder, datastore, cache=cache_place), faults=faults, create=create)
+    store = DataStore(Target(None, folder, datastore, cache=cache_place, limits=limits), faults=faults, create=create)
     _ = store.client  # joins or starts the server now, so that errors come from here
     return store

@@ -5,19 +5,22 @@ Shapes stand in the names: ``StoredFrame`` is ``(rows, columns)`` or ``(rows, co
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AnyArray", "Buffer", "FloatArray", "Output", "PathType", "StoredFrame"]
+__all__ = ["AnyArray", "Buffer", "FloatArray", "Output", "PathType", "RateLimit", "StoredFrame"]
 
 AnyArray = NDArray[Any]
 StoredFrame = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.float64]
 Buffer = bytes | bytearray | memoryview
 PathType = str | PathLike[str]
+RateLimit = float | Mapping[str, float | Sequence[float]]
+"""Frames a second; or by operation, requests a second, or these and the burst."""
 
 Output = Literal["stored", "modality", "display"]
 """Where reading a frame stops: stored values, rescaled to modality values, or ready to look at."""

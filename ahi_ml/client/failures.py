@@ -21,7 +21,17 @@ from ahi_ml.errors import (
     ThrottledError,
 )
 
-__all__ = ["ATTEMPTS", "answer_error", "closed", "no_answer", "pause_s", "service_error", "translated", "unsent"]
+__all__ = [
+    "ATTEMPTS",
+    "answer_error",
+    "closed",
+    "is_throttling",
+    "no_answer",
+    "pause_s",
+    "service_error",
+    "translated",
+    "unsent",
+]
 
 ATTEMPTS = 8
 """Requests that one call may send, the first included."""
@@ -86,6 +96,11 @@ def pause_s(attempt: int) -> float:
     return random.random() * float(min(2 ** (attempt - 1), 20))
 
 
+def is_throttling(code: str, status: int) -> bool:
+    """Whether an answer says that requests come too fast. I/O: none."""
+    return code in _THROTTLED or status == 429
+
+
 def service_error(operation: str, code: str, status: int, text: str, request_id: str, where: str = "") -> ServiceError:
     """The error of the tree for an answer of the service. I/O: none.
 
@@ -108,7 +123,7 @@ def service_error(operation: str, code: str, status: int, text: str, request_id:
         code=code,
         status=status,
         request_id=request_id,
-        retryable=code in _RETRYABLE or status == 429 or status >= 500 or unready,
+        retryable=code in _RETRYABLE or is_throttling(code, status) or status >= 500 or unready,
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from ahi_ml._version import __version__
 from ahi_ml.client.failures import ATTEMPTS, translated
+from ahi_ml.client.governor import Governor
+from ahi_ml.config import QUOTAS, Quota, rate_limits
 from ahi_ml.errors import ConfigError
 
 __all__ = ["AccessKeys", "Connection", "Service", "make_connection", "make_s3_client"]
@@ -56,16 +58,20 @@ class Connection:
         For ``medical-imaging``.
     session : botocore session
         It was made with: credentials and configuration come from it.
+    governor : Governor
+        How fast requests may go, the client's and others.
     hooked : bool
-        Whether somebody has registered event handlers on the client: requests must pass them.
+        Whether somebody else has registered event handlers on the client: requests must pass them.
     """
 
     client: Any
     session: Any
+    governor: Governor = field(default_factory=Governor)
     hooked: bool = False
 
     def __post_init__(self) -> None:
         events = self.client.meta.events
+        self.governor.attend(events)
         for name in ("register", "register_first", "register_last"):
             setattr(events, name, self._noticing(getattr(events, name)))
 
@@ -77,7 +83,9 @@ class Connection:
         return registered
 
 
-def make_connection(service: Service, *, connections: int = 64) -> Connection:
+def make_connection(
+    service: Service, *, connections: int = 64, limits: Mapping[str, Quota] | None = None
+) -> Connection:
     """A ``medical-imaging`` client with its session. I/O: boto3's configuration files; no request.
 
     Parameters
@@ -86,11 +94,14 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
         Endpoint and credentials.
     connections : int
         Size of the connection pool: as many requests as may be in flight.
+    limits : mapping of str to Quota, optional
+        Quotas to keep, by operation, as `config.rate_limits` gives them, which is also the default. Beyond them,
+        endpoints of AWS have the service's own, and others none.
 
     Raises
     ------
     ConfigError
-        No region, no such profile, or an endpoint that is no URL.
+        No region, no such profile, an endpoint that is no URL, or an ``AHI_ML_RATE_LIMIT`` that is no limit.
     """
     import boto3
     import botocore.session
@@ -121,7 +132,9 @@ def make_connection(service: Service, *, connections: int = 64) -> Connection:
             # Botocore would put "runtime-" before the host, which no loopback address survives.
             config = config.merge(Config(inject_host_prefix=False))
             client = boto3_session.client("medical-imaging", endpoint_url=service.endpoint_url, config=config)
-    return Connection(client, session)
+    limits = rate_limits() if limits is None else limits
+    quotas = {**(QUOTAS if _is_aws(client.meta.endpoint_url) else {}), **(limits or {})}
+    return Connection(client, session, Governor(quotas, lambda: _account(client, session)))
 
 
 def make_s3_client(region: str, profile: str | None = None) -> Any:
@@ -148,3 +161,15 @@ def _is_local(url: str) -> bool:
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
     return True
+
+
+def _is_aws(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+
+
+def _account(client: Any, session: Any) -> str:
+    """Whose quota requests count against: of the account, when botocore knows it, since each role session has keys."""
+    keys = session.get_credentials().get_frozen_credentials()
+    url = client.meta.endpoint_url
+    return "\0".join(("aws" if _is_aws(url) else url, client.meta.region_name, keys.account_id or keys.access_key))

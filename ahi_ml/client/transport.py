@@ -16,7 +16,9 @@ from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.utils import get_environ_proxies
 
 from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, translated, unsent
-from ahi_ml.client.lean import CurlTransport, LeanEndpoint, misfit
+from ahi_ml.client.governor import Governor
+from ahi_ml.client.lean import CurlTransport, misfit
+from ahi_ml.client.multi import LeanEndpoint
 from ahi_ml.client.sessions import Connection
 from ahi_ml.errors import AhiError, ServiceError
 
@@ -33,6 +35,10 @@ class FrameTransport(Protocol):
 
         The future may be cancelled until its request is sent.
         """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counts so far: requests, retried, throttled, delayed, wait_s; see `governor.Counts`. I/O: none."""
         ...
 
     def close(self) -> None:
@@ -57,12 +63,17 @@ class Boto3Transport:
         The data store.
     in_flight : int
         Requests at a time.
+    governor : Governor, optional
+        The one that attends the client's requests: it has counted them.
     """
 
-    def __init__(self, client: Any, datastore_id: str, *, in_flight: int = 32) -> None:
+    def __init__(
+        self, client: Any, datastore_id: str, *, in_flight: int = 32, governor: Governor | None = None
+    ) -> None:
         self._client = client
         self._datastore_id = datastore_id
         self._in_flight = in_flight
+        self._governor = governor or Governor()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()
@@ -123,6 +134,7 @@ class Boto3Transport:
                 sent += _sent(answer, error)
                 if not error.retryable or sent >= ATTEMPTS or self._closed.wait(pause_s(sent)):
                     raise
+                self._governor.again("GetImageFrame")
 
     def _ask(self, asked: _Asked) -> dict[str, Any]:
         try:
@@ -135,6 +147,10 @@ class Boto3Transport:
             # Botocore's parser, on the body of an error that is no error document.
             raise no_answer("GetImageFrame", type(error).__name__, asked.where) from error
         return answer
+
+    def stats(self) -> dict[str, float]:
+        """Counts of requests so far; see `Counts`. I/O: none."""
+        return self._governor.stats("GetImageFrame")
 
     def close(self) -> None:
         """Drop every request and let the threads end; those under way end with their request. I/O: none."""
@@ -210,15 +226,21 @@ class BestTransport:
             if not self._tried:
                 try:
                     endpoint = lean_endpoint(self._connection)
-                    self._lean = CurlTransport(endpoint, self._datastore_id) if endpoint is not None else None
+                    if endpoint is not None:
+                        self._lean = CurlTransport(endpoint, self._datastore_id, governor=self._connection.governor)
                     self._tried = True
                 except Exception:  # credentials, mostly: boto3 meets the same and names the frame
                     _LOG.debug("boto3 fetches this frame", exc_info=True)
             if self._lean is not None and not self._connection.hooked:
                 return self._lean
             if self._boto3 is None:
-                self._boto3 = Boto3Transport(self._connection.client, self._datastore_id)
+                connection = self._connection
+                self._boto3 = Boto3Transport(connection.client, self._datastore_id, governor=connection.governor)
             return self._boto3
+
+    def stats(self) -> dict[str, float]:
+        """Counts of requests so far, by either way; see `Counts`. I/O: none."""
+        return self._connection.governor.stats("GetImageFrame")
 
     def close(self) -> None:
         """Close whichever was used."""

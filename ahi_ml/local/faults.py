@@ -6,31 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ahi_ml.config import QUOTAS
 from ahi_ml.errors import ConfigError
 
-__all__ = ["QUOTAS", "Faults"]
-
-QUOTAS: dict[str, tuple[float, float]] = {
-    "CreateDatastore": (0.085, 1),
-    "DeleteDatastore": (0.085, 1),
-    "GetDatastore": (10, 20),
-    "ListDatastores": (5, 10),
-    "StartDICOMImportJob": (1, 2),
-    "GetDICOMImportJob": (25, 50),
-    "ListDICOMImportJobs": (10, 20),
-    "SearchImageSets": (25, 50),
-    "GetImageSet": (25, 50),
-    "GetImageSetMetadata": (50, 100),
-    "GetImageFrame": (1000, 2000),
-    "ListImageSetVersions": (25, 50),
-    "UpdateImageSetMetadata": (0.25, 1),
-    "CopyImageSet": (0.25, 1),
-    "DeleteImageSet": (0.25, 1),
-    "TagResource": (10, 20),
-    "UntagResource": (10, 20),
-    "ListTagsForResource": (10, 20),
-}
-"""Requests a second and burst that the service grants an account, by operation."""
+__all__ = ["Faults"]
 
 _SECONDS = ("unready_s", "manifest_lag_s", "slow_s")
 _RATES = ("error_rate", "reset_rate", "truncate_rate", "corrupt_rate", "quota_rate")

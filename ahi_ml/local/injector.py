@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from ahi_ml.local.faults import QUOTAS, Faults
+from ahi_ml.config import QUOTAS
+from ahi_ml.local.faults import Faults
 from ahi_ml.local.protocol import ServiceFault
 
 __all__ = ["Fate", "Injector"]

@@ -46,7 +46,8 @@ from hypothesis import strategies as st
 
 from ahi_ml.client import AccessKeys, BestTransport, Boto3Transport, Connection, Service, failures, make_connection
 from ahi_ml.client import lean as lean_module
-from ahi_ml.client.lean import CurlTransport, LeanEndpoint
+from ahi_ml.client.lean import CurlTransport
+from ahi_ml.client.multi import LeanEndpoint
 from ahi_ml.client.signing import FrameSigner
 from ahi_ml.client.transport import FrameTransport, lean_endpoint
 from ahi_ml.errors import (
@@ -1547,6 +1548,77 @@ class TestBoth:
         first.add_done_callback(fail)
         assert outcome(first) == FRAME_BYTES
         assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        transport.close()
+
+
+class TestGoverned:
+    """Requests that wait for their turn; the budget itself is in test_governor."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    @pytest.mark.parametrize("hooked", [False, True], ids=["lean", "boto3"])
+    def test_counts(self, hooked: bool, serve: Any, connect: Any, at_once: None) -> None:
+        connection = connect(serve(refusal(429, "ThrottlingException"), refusal(503, None), Reply()).url)
+        connection.hooked = hooked
+        transport = BestTransport(connection, STORE)
+        for _ in range(2):
+            assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        found = transport.stats()
+        transport.close()
+        assert found == {"requests": 4, "retried": 2, "throttled": 1, "delayed": 0, "wait_s": 0}
+
+    def test_boto3s_own_repetitions_count(self, serve: Any, connect: Any, at_once: None) -> None:
+        connection = connect(serve(Reply(body=b""), Reply()).url)  # nothing boto3 would try again
+        connection.hooked = True
+        transport = BestTransport(connection, STORE)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        assert (transport.stats()["requests"], transport.stats()["retried"]) == (2, 1)
+        transport.close()
+
+    @pytest.mark.parametrize("hooked", [False, True], ids=["lean", "boto3"])
+    def test_throttling_slows_all_down(self, hooked: bool, serve: Any, at_once: None) -> None:
+        url = serve(refusal(429, "ThrottlingException"), Reply()).url
+        one, other = (
+            make_connection(Service(REGION, endpoint_url=url, keys=KEYS), limits={"GetImageFrame": (100.0, 8.0)})
+            for _ in range(2)
+        )
+        one.hooked = hooked
+        transport = BestTransport(one, STORE)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        transport.close()
+        slots = other.governor.reserve("GetImageFrame", 1, time.monotonic())
+        assert slots is not None
+        assert 0.019 < slots[1] < 0.0201
+
+    def test_answers_arrive_while_requests_wait(self, serve: Any) -> None:
+        server = serve(lambda seen: Reply(body=body_of(seen.frame_id)))
+        service = Service(REGION, endpoint_url=server.url, keys=KEYS)
+        transport = BestTransport(make_connection(service, limits={"GetImageFrame": (0.1, 2 / 0.75)}), STORE)
+        frames = [str(number) * 32 for number in range(5)]
+        futures = [transport.fetch(IMAGE_SET, frame) for frame in frames]
+        for future, frame in zip(futures[:2], frames, strict=False):
+            assert outcome(future) == body_of(frame)
+        assert futures[2].cancel()  # what waits for its turn can still be cancelled
+        time.sleep(0.05)
+        assert len(server.seen) == 2
+        began = time.monotonic()
+        transport.close()
+        assert isinstance(outcome(futures[4]), ConnectionFailedError)
+        assert time.monotonic() - began < 1
+
+    def test_one_that_was_cancelled_takes_no_turn(self, serve: Any) -> None:
+        server = serve(lambda seen: Reply(body=body_of(seen.frame_id)))
+        service = Service(REGION, endpoint_url=server.url, keys=KEYS)
+        transport = BestTransport(make_connection(service, limits={"GetImageFrame": (5.0, 1.0)}), STORE)
+        first, *cancelled, last = [transport.fetch(IMAGE_SET, str(number) * 32) for number in range(8)]
+        assert outcome(first) == body_of("0" * 32)
+        began = time.monotonic()
+        assert all(each.cancel() for each in cancelled)
+        assert outcome(last) == body_of("7" * 32)
+        assert time.monotonic() - began < 1  # the others would have taken 1.2 s
+        assert transport.stats()["requests"] == 2
         transport.close()
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import botocore.session
 import pytest
 
+from ahi_ml.config import QUOTAS
 from ahi_ml.errors import ConfigError
-from ahi_ml.local.faults import QUOTAS, Faults
+from ahi_ml.local.faults import Faults
 from ahi_ml.local.injector import Injector
 from ahi_ml.local.protocol import ServiceFault
 

@@ -6,7 +6,9 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ahi_ml.cache import DerivedTier, FrameCache, recipe
+from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
@@ -150,6 +153,7 @@ class FrameDataset(Dataset[Item]):
         steps, call = _divide_transform(transform)
         self._transform = None if call is None else SeededTransform(call, seed)
         self._epoch = SharedEpoch()
+        self._meters = Meters()
         self.options = _TensorOptions(output, dtype, steps, padding, window, verify, reduce)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
@@ -222,7 +226,7 @@ class FrameDataset(Dataset[Item]):
         if isinstance(row, slice | np.ndarray | list) or (isinstance(row, torch.Tensor) and row.ndim):
             key = row.numpy() if isinstance(row, torch.Tensor) else row
             selected = FrameDataset.__new__(FrameDataset)
-            own = {"index": self.index[key], "_epoch": SharedEpoch(self._epoch.value)}
+            own = {"index": self.index[key], "_epoch": SharedEpoch(self._epoch.value), "_meters": Meters()}
             selected.__setstate__({**self.__getstate__(), **own})
             return selected
         return self.__getitems__([row])[0]
@@ -235,7 +239,26 @@ class FrameDataset(Dataset[Item]):
             self._settled = True
         return self.items(self.submit(rows))
 
+    def profile(self) -> AbstractContextManager[Profile]:
+        """Tell where the time of reading goes, here and in each DataLoader worker, while a ``with`` block runs.
+
+        I/O: none.
+
+        Examples
+        --------
+        >>> with dataset.profile() as profile:
+        ...     for batch in DataLoader(dataset, 32, num_workers=2):
+        ...         step(batch)
+        >>> print(profile)  # profile.total, profile.workers: LoadingStats
+        """
+        return Profile.of(self._meters)
+
     # What FrameLoader builds on
+
+    @property
+    def meters(self) -> Meters:
+        """Counters of this dataset, of all processes."""
+        return self._meters
 
     def submit(self, rows: Sequence[int] | AnyArray, allocate: Callable[..., AnyArray] = np.empty) -> PendingBatch:
         """Start reading some rows. I/O: in the background.
@@ -248,6 +271,7 @@ class FrameDataset(Dataset[Item]):
             Takes shape ``(n, C, rows, columns)`` and dtype, gives the array that frames of one shape are
             read into.
         """
+        started = perf_counter()
         numbers = np.asarray(rows, np.int64)
         if numbers.size and (numbers.min() < -len(self) or numbers.max() >= len(self)):
             raise IndexError(f"row {int(numbers.max())} of a dataset of {len(self)} frames")
@@ -258,7 +282,11 @@ class FrameDataset(Dataset[Item]):
             outs = list(_channels_last(images))
         else:
             outs = [_channels_last(image) for image in images]
-        batch = self.store.reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
+        reader = self.store.reader
+        if not self._meters.counts_requests:  # what others have asked for before is not this dataset's
+            self._meters.add_requests(reader.requests())
+        batch = reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
+        self._meters.add(collate_s=perf_counter() - started)
         return PendingBatch(numbers, images, batch)
 
     def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
@@ -282,15 +310,20 @@ class FrameDataset(Dataset[Item]):
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
         still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
         ids = self.index.ids(rows)
+        started, transform_s = perf_counter(), 0.0
         items: list[Item] = []
         for row, image, key, *values in zip(rows, pending.images, _keys(ids), *ids.values(), strict=True):
             meta = dict(zip(ids, values, strict=True))
             item: Item = {"image": torch.from_numpy(image), "key": key, "meta": meta}
-            if self._target is not None:
-                item["target"] = self._target_of(int(row), item)
-            items.append(
-                item if self._transform is None else self._transform(item, epoch, stands_still=still and not items)
-            )
+            if self._target is not None or self._transform is not None:
+                before = perf_counter()
+                if self._target is not None:
+                    item["target"] = self._target_of(int(row), item)
+                if self._transform is not None:
+                    item = self._transform(item, epoch, stands_still=still and not items)
+                transform_s += perf_counter() - before
+            items.append(item)
+        self._meters.add(transform_s=transform_s, collate_s=perf_counter() - started - transform_s)
         return items
 
     def collated(self, pending: PendingBatch) -> dict[str, Any]:
@@ -300,25 +333,51 @@ class FrameDataset(Dataset[Item]):
         would cost more than reading a decoded frame.
         """
         rows = self._arrived(pending)
+        started = perf_counter()
         ids = self.index.ids(rows)
         batch = {"key": _keys(ids), "meta": {name: default_collate(values) for name, values in ids.items()}}
-        if self._target is None:
-            return batch
-        targets = [
-            self._target_of(int(row), {"key": key, "meta": dict(zip(ids, values, strict=True))})
-            for row, key, *values in zip(rows, batch["key"], *ids.values(), strict=True)
-        ]
-        return {**batch, "target": default_collate(targets)}
+        if self._target is not None:
+            targets = [
+                self._target_of(int(row), {"key": key, "meta": dict(zip(ids, values, strict=True))})
+                for row, key, *values in zip(rows, batch["key"], *ids.values(), strict=True)
+            ]
+            batch["target"] = default_collate(targets)
+        self._meters.add(collate_s=perf_counter() - started)
+        return batch
 
     def _arrived(self, pending: PendingBatch) -> AnyArray:
         """The rows of a batch once its frames are there: others in place of those that are skipped."""
+        started = perf_counter()
         rows, outcomes = pending.rows, pending.batch.outcomes()
+        self._measure(pending.batch, started)
         if pending.batch.failed:
             for slot, outcome in enumerate(outcomes):
                 if isinstance(outcome, BaseException):
                     rows = self._replace(pending, rows, slot, outcome)
         self._read += len(rows)
+        self._meters.add(frames=len(rows), batches=1)
         return rows
+
+    def _measure(self, batch: Batch, started: float) -> None:
+        """Count what a batch took that was waited for since `started`."""
+        waited = perf_counter() - started
+        network = min(max(batch.arrived - started, 0.0), waited)
+        counts, reader = batch.stats, self.store.reader
+        self._meters.add(
+            network_s=network,
+            decode_s=waited - network,
+            read_busy_s=counts.read_s,
+            decode_busy_s=counts.decode_s,
+            convert_busy_s=counts.convert_s,
+            hits=counts.cached,
+            misses=counts.fetched,
+            bytes_fetched=counts.bytes_fetched,
+            verified=counts.verified,
+            unverified=counts.unverified,
+            refetched=counts.refetched,
+        )
+        self._meters.add_requests(reader.requests())
+        self._meters.set_threads(reader.threads)
 
     def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:
         if self._on_error == "raise" or not isinstance(error, AhiError):
@@ -326,6 +385,7 @@ class FrameDataset(Dataset[Item]):
         row = int(rows[slot])
         for step in range(1, len(self)):
             self._skipped += 1
+            self._meters.add(skipped=1)
             if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(rows))):
                 raise DataError(
                     f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: "

@@ -6,8 +6,10 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import islice
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ahi_ml.datasets.frames import FrameDataset, Item, PendingBatch
+from ahi_ml.datasets.profile import LoadingStats, Profile
 from ahi_ml.datasets.sampler import EpochRows, ResumableSampler
 from ahi_ml.errors import ConfigError, DataError
 from ahi_ml.types import AnyArray
@@ -91,6 +94,9 @@ class FrameLoader:
         )
         self._epoch = self._skip = 0  # of another kind of sampler: next epoch, samples of it to leave out
         self._latest: _Progress | None = None
+        self._since = Profile(dataset.meters)
+        self._elapsed_s = 0.0
+        self._under_way: set[float] = set()  # when the iterations began that have not ended
         self._collate = collate_fn
         self._ahead = 1 + math.ceil(frames_ahead / batch_size)
         self._buffers = _BufferPool(self._ahead + 2)
@@ -160,6 +166,8 @@ class FrameLoader:
         """
         progress = self._latest = self._begin()
         pending: deque[PendingBatch] = deque()
+        started = perf_counter()
+        self._under_way.add(started)
         try:
             for rows in self._batches(progress.rows):
                 pending.append(self.dataset.submit(rows, self._buffers.take))
@@ -171,8 +179,23 @@ class FrameLoader:
             if self._latest is progress:
                 self._latest = None
         finally:
+            self._under_way.discard(started)
+            self._elapsed_s += perf_counter() - started
             for left in pending:
                 left.batch.cancel()
+
+    def stats(self) -> LoadingStats:
+        """Where the time of all iterations so far went, and counts; ``print`` it for a report with advice. I/O: none.
+
+        Reading of the dataset past this loader counts as well.
+        """
+        now = perf_counter()
+        elapsed_s = self._elapsed_s + sum(now - started for started in self._under_way)
+        return replace(self._since.total, elapsed_s=elapsed_s)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """Tell where the time goes while a ``with`` block runs; see `FrameDataset.profile`. I/O: none."""
+        return self.dataset.profile()
 
     def _begin(self) -> _Progress:
         rows = iter(self.sampler)

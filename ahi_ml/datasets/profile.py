@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from ahi_ml.types import AnyArray
 
 __all__ = ["LoadingStats", "Meters", "Profile"]
 
-_MOST_WORKERS = 256
+_MOST_WORKERS = 32  # a dataset's pickle stays small; further ones share rows, and may miss each other's counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,12 @@ class LoadingStats:
     ----------
     frames, batches : int
         Read and handed out.
+    processes : int
+        How many read: the main process, or DataLoader workers.
     elapsed_s : float
         From the first batch's request to the end, or until now.
     network_s : float
-        Of which the loop waited for frames that had not come from the data store.
+        Of which (of each process's, added up) the loop waited for frames that had not come from the data store.
     decode_s : float
         Of which it waited for frames that had come, or were cached, and were being decoded (or read, or converted).
     transform_s : float
@@ -61,6 +63,7 @@ class LoadingStats:
 
     frames: int = 0
     batches: int = 0
+    processes: int = 0
     elapsed_s: float = 0.0
     network_s: float = 0.0
     decode_s: float = 0.0
@@ -84,14 +87,14 @@ class LoadingStats:
 
     @property
     def consumer_s(self) -> float:
-        """Seconds that were not the loader's: the loop's own work, such as training."""
+        """Seconds that were not the loader's: the loop's own work, such as training, or a worker's idle time."""
         own = self.network_s + self.decode_s + self.transform_s + self.collate_s
-        return max(self.elapsed_s - own, 0.0)
+        return max(self.processes * self.elapsed_s - own, 0.0)
 
     @property
     def shares(self) -> dict[str, float]:
         """Parts of the elapsed time, adding up to 1: network, decode, transform, collate, consumer."""
-        whole = self.elapsed_s or 1.0
+        whole = self.processes * self.elapsed_s or 1.0
         names = ("network", "decode", "transform", "collate", "consumer")
         return {name: getattr(self, f"{name}_s") / whole for name in names}
 
@@ -107,6 +110,8 @@ class LoadingStats:
                 "The account's request rate bounds it: ask AWS for a higher quota of GetImageFrame (and say so with "
                 "rate_limit=), or read from the cache (`ahi-ml fetch` fills it)."
             )
+        if bound == "decode" and self.read_busy_s > self.decode_busy_s + self.convert_busy_s:
+            bound = "read"
         return _ADVICE[bound]
 
     def __str__(self) -> str:
@@ -140,13 +145,14 @@ _ADVICE = {
         "Decoding bounds it: keep decoded images (cache_decoded=True), read a lower resolution (reduce=1), or use more "
         "cores."
     ),
+    "read": "Reading the cache's files bounds it: put it on a faster disk, or free memory for the system's file cache.",
     "transform": (
         "Your transform bounds it: it runs in the loop's thread. Use the package's pixel steps, which run in the "
         "decoding threads, or a torch DataLoader with workers."
     ),
     "collate": (
-        "Making batches bounds it: let FrameLoader collate (no collate_fn of your own), with frames of one shape, or use "
-        "larger batches."
+        "Making batches bounds it: let FrameLoader collate (no collate_fn of your own), with frames of one shape, or "
+        "use larger batches."
     ),
     "consumer": "Your loop bounds it: frames are there before it asks for them.",
 }
@@ -173,7 +179,7 @@ class Meters:
                 values.share_memory_()  # type: ignore[no-untyped-call]
         self._values = values
         self._rows = values.numpy()
-        self._requests: tuple[int, dict[str, float]] = (os.getpid(), {})
+        self._requests: tuple[int, dict[str, float]] = (0, {})
 
     def __getstate__(self) -> torch.Tensor:
         return self._values
@@ -193,14 +199,18 @@ class Meters:
         for name, amount in amounts.items():
             row[_PLACES[name]] += amount
 
+    @property
+    def counts_requests(self) -> bool:
+        """Whether this process has told the counts of its requests yet."""
+        return self._requests[0] == os.getpid()
+
     def add_requests(self, totals: Mapping[str, float]) -> None:
-        """Add what the counts of this process's requests have grown by since they were last told. I/O: none."""
+        """Add what these counts have grown by since they were last told here; the first time, nothing. I/O: none."""
         pid, before = self._requests
-        if pid != os.getpid():
-            before = {}
-        row = self._row
-        for name, total in totals.items():
-            row[_PLACES[name]] += max(total - before.get(name, 0.0), 0.0)
+        if pid == os.getpid():
+            row = self._row
+            for name, total in totals.items():
+                row[_PLACES[name]] += max(total - before[name], 0.0)
         self._requests = os.getpid(), dict(totals)
 
     def set_threads(self, threads: int) -> None:
@@ -227,7 +237,7 @@ class Profile:
     workers : dict of int to LoadingStats
         By number of the DataLoader worker; -1 is the main process. Those that read nothing are left out.
     total : LoadingStats
-        All of them; its `elapsed_s` is theirs together, so shares are of a worker's mean time.
+        All of them together.
     """
 
     meters: Meters
@@ -262,15 +272,18 @@ class Profile:
         return {int(row) - 1: self._stats(rows[row], int(row), elapsed_s) for row in used}
 
     def _stats(self, row: AnyArray, number: int, elapsed_s: float) -> LoadingStats:
-        values = {name: int(value) if name in _WHOLE else float(value) for name, value in zip(_NAMES, row, strict=True)}
+        values: dict[str, Any] = {
+            name: int(value) if name in _WHOLE else float(value) for name, value in zip(_NAMES, row, strict=True)
+        }
         threads = int((self.meters.read() if self._after is None else self._after)[number, _PLACES["threads"]])
-        return LoadingStats(**{**values, "threads": threads, "elapsed_s": elapsed_s})
+        return LoadingStats(**{**values, "processes": 1, "threads": threads, "elapsed_s": elapsed_s})
 
     @property
     def total(self) -> LoadingStats:
         """See the class. I/O: none."""
         each = list(self.workers.values())
-        return LoadingStats(**{name: sum(getattr(one, name) for one in each) for name in _NAMES})
+        added = LoadingStats(**{name: sum(getattr(one, name) for one in each) for name in _NAMES})
+        return replace(added, elapsed_s=each[0].elapsed_s if each else 0.0)
 
     def __str__(self) -> str:
         workers = self.workers
@@ -278,5 +291,7 @@ class Profile:
         if len(workers) > 1 or -1 not in workers:
             for number, stats in workers.items():
                 shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.shares.items())
-                lines.append(f"  {'main process' if number < 0 else f'worker {number}'}: {stats.frames:,} frames; {shares}")
+                lines.append(
+                    f"  {'main process' if number < 0 else f'worker {number}'}: {stats.frames:,} frames; {shares}"
+                )
         return "\n".join(lines)

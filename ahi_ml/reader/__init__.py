@@ -133,6 +133,17 @@ class Reader:
         with self._lock:
             return asdict(self._stats)
 
+    @property
+    def threads(self) -> int:
+        """How many threads decode."""
+        return self._pool.threads
+
+    def requests(self) -> dict[str, float]:
+        """Counts of the requests for frames so far: sent, retried, throttled, delayed_s. I/O: none."""
+        counts = self._transport.stats()
+        names = {"requests": "requests", "retried": "retried", "throttled": "throttled", "wait_s": "delayed_s"}
+        return {ours: counts[theirs] for theirs, ours in names.items()}
+
     def _ended(self, counts: ReaderStats) -> None:
         with self._lock:
             self._stats.add(counts)

@@ -46,11 +46,12 @@ def test_the_python_blocks_run(workplace: Path, entry_points_folder: Path) -> No
         "print(len(client.search_image_sets(datastoreId=store)['imageSetsMetadataSummaries']))\n"
     )
     blocks = _blocks("python")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     script = "import os\n" + "\n".join(blocks)
     script += "\nassert report.imported == 12 and len(table) == 12 and table['error'].isna().all()"
     script += "\nassert volume.shape[1:] == (128, 128) and len(train) + len(val) == 12\n"
     script = script.replace('["python", ', "[sys.executable, ").replace("import os\n", "import os, sys\n", 1)
+    script += "assert loader.stats().frames == len(train)\n"
     script += "assert len(documents) == len(series) == len(index) == 12 and len(frames) == 1\n"
     paths = os.pathsep.join(filter(None, [str(entry_points_folder), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "AHI_ML_CACHE": str(workplace / "cache"), "PYTHONPATH": paths}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ahi_ml.client.documents import image_set_document
 from ahi_ml.client.failures import service_error, translated
+from ahi_ml.client.partial import Part
 from ahi_ml.client.sessions import AccessKeys, Connection, Service, make_connection, make_s3_client
 from ahi_ml.client.transport import BestTransport, Boto3Transport, FrameTransport
 
@@ -13,6 +14,7 @@ __all__ = [
     "Boto3Transport",
     "Connection",
     "FrameTransport",
+    "Part",
     "Service",
     "image_set_document",
     "make_connection",

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from io import BytesIO
 from urllib.parse import quote, urlsplit
 
 from botocore.awsrequest import HeadersDict
@@ -35,6 +34,7 @@ from ahi_ml.client.failures import (
 )
 from ahi_ml.client.governor import Governor
 from ahi_ml.client.multi import LeanEndpoint, Multi, Request
+from ahi_ml.client.partial import Part
 from ahi_ml.client.signing import FrameSigner
 from ahi_ml.errors import AhiError, ServiceError
 
@@ -93,13 +93,13 @@ class CurlTransport:
         self._ears.setblocking(False)
         self._bell.setblocking(False)
 
-    def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
-        """Start fetching the encoded bytes of a frame.
+    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> Future[bytes]:
+        """Start fetching the encoded bytes of a frame, or of its first part.
 
         I/O: one request, in the background, and up to seven more. The future raises `ServiceError` or
         one of its kinds.
         """
-        request = Request(image_set_id, frame_id, Future())
+        request = Request(image_set_id, frame_id, Future(), part=part)
         with self._lock:
             if self._closed:
                 raise closed("GetImageFrame", request.where)
@@ -205,7 +205,7 @@ class CurlTransport:
     def _start(self, loop: Multi, request: Request) -> None:
         request.attempt += 1
         self._pace.counts.retried += request.attempt > 1
-        request.body, request.head = BytesIO(), []
+        request.begin()
         try:
             path = f"{self._path}{quote(request.image_set_id, safe='')}/getImageFrame"
             body = self._signer.body(request.frame_id)

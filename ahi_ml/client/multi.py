@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from ahi_ml._version import __version__
+from ahi_ml.client.partial import Part
 
 __all__ = ["LeanEndpoint", "Multi", "Request"]
 
@@ -61,10 +62,34 @@ class Request:
     heard: tuple[int, float] = (0, 0.0)  # how much so far, and when it last grew
     body: BytesIO = field(default_factory=BytesIO)
     head: list[bytes] = field(default_factory=list)
+    part: Part | None = None
+
+    def begin(self) -> None:
+        """Forget an answer that is asked for again."""
+        self.body, self.head = BytesIO(), []
+        if self.part is not None:
+            self.part.begin()
+
+    def write_part(self, data: bytes) -> int | None:
+        """Take some of the body; a number other than its size makes libcurl hang up."""
+        assert self.part is not None
+        self.body.write(data)
+        return 0 if self.part.stops(self.body.tell(), _length(self.head), self.body.getvalue) else None
 
     @property
     def where(self) -> str:
         return f"frame {self.frame_id} of image set {self.image_set_id}"
+
+
+def _length(head: list[bytes]) -> int:
+    """Content-Length of the last answer; 0 if it does not say."""
+    for line in reversed(head):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and value.strip().isdigit():
+            return int(value)
+        if line.startswith(b"HTTP/"):
+            break
+    return 0
 
 
 class Multi:
@@ -130,7 +155,7 @@ class Multi:
         handle.setopt(curl.URL, url)
         handle.setopt(curl.POSTFIELDS, body)
         handle.setopt(curl.HTTPHEADER, headers)
-        handle.setopt(curl.WRITEFUNCTION, request.body.write)
+        handle.setopt(curl.WRITEFUNCTION, request.body.write if request.part is None else request.write_part)
         handle.setopt(curl.HEADERFUNCTION, request.head.append)
         handle.setopt(curl.TIMEOUT_MS, max(left_ms, 1))
         request.heard = (0, time.monotonic())
@@ -204,10 +229,14 @@ class Multi:
         curl = self._curl
         while True:
             left, done, failed = self._multi.info_read()
+            for handle, code, text in failed:
+                part = self._busy[handle].part
+                if code == curl.E_WRITE_ERROR and part is not None and part.stopped:
+                    done.append(handle)
+                    continue
+                self._end(handle, 0, "", f"{text or 'curl error'} ({code})")
             for handle in done:
                 self._end(handle, int(handle.getinfo(curl.RESPONSE_CODE)), handle.getinfo(curl.CONTENT_TYPE) or "", "")
-            for handle, code, text in failed:
-                self._end(handle, 0, "", f"{text or 'curl error'} ({code})")
             if not left:
                 return
 

@@ -7,6 +7,7 @@ import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from io import BytesIO
 from queue import SimpleQueue
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,19 +20,21 @@ from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, transla
 from ahi_ml.client.governor import Governor
 from ahi_ml.client.lean import CurlTransport, misfit
 from ahi_ml.client.multi import LeanEndpoint
+from ahi_ml.client.partial import Part
 from ahi_ml.client.sessions import Connection
 from ahi_ml.errors import AhiError, ServiceError
 
 __all__ = ["BestTransport", "Boto3Transport", "FrameTransport", "lean_endpoint"]
 
 _LOG = logging.getLogger(__name__)
+_CHUNK = 256 * 1024
 
 
 class FrameTransport(Protocol):
     """Something that fetches frames."""
 
-    def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
-        """Start fetching the encoded bytes of a frame. I/O: one request, in the background.
+    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> Future[bytes]:
+        """Start fetching the encoded bytes of a frame, or of its first part. I/O: one request, in the background.
 
         The future may be cancelled until its request is sent.
         """
@@ -80,12 +83,12 @@ class Boto3Transport:
         self._unsettled: dict[Future[bytes], _Asked] = {}  # whoever takes it out of here settles it
         self._threads = 0
 
-    def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
-        """Start fetching the encoded bytes of a frame.
+    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> Future[bytes]:
+        """Start fetching the encoded bytes of a frame, or of its first part.
 
         I/O: one request, in the background. The future raises `ServiceError` or one of its kinds.
         """
-        asked = _Asked(image_set_id, frame_id)
+        asked = _Asked(image_set_id, frame_id, part)
         with self._lock:
             if self._closed.is_set():
                 raise closed("GetImageFrame", asked.where)
@@ -126,7 +129,7 @@ class Boto3Transport:
             try:
                 with translated("GetImageFrame", asked.where):
                     answer = self._ask(asked)
-                    data: bytes = answer["imageFrameBlob"].read()
+                    data = _body(answer, asked.part)
                 if not (problem := misfit(len(data), answer.get("contentType", ""))):
                     return data
                 raise no_answer("GetImageFrame", problem, asked.where)
@@ -174,11 +177,28 @@ class Boto3Transport:
 class _Asked:
     image_set_id: str
     frame_id: str
+    part: Part | None = None
     future: Future[bytes] = field(default_factory=Future)
 
     @property
     def where(self) -> str:
         return f"frame {self.frame_id} of image set {self.image_set_id}"
+
+
+def _body(answer: dict[str, Any], part: Part | None) -> bytes:
+    """The body of an answer, or its first part."""
+    stream = answer["imageFrameBlob"]
+    if part is None:
+        return stream.read()  # type: ignore[no-any-return]
+    part.begin()
+    total = int(answer["ResponseMetadata"].get("HTTPHeaders", {}).get("content-length", 0))
+    body = BytesIO()
+    while chunk := stream.read(_CHUNK):
+        body.write(chunk)
+        if part.stops(body.tell(), total, body.getvalue):
+            stream.close()
+            break
+    return body.getvalue()
 
 
 def _sent(answer: dict[str, Any], error: ServiceError) -> int:
@@ -213,9 +233,9 @@ class BestTransport:
         self._tried = False
         self._closed = False
 
-    def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
+    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> Future[bytes]:
         """Start fetching the encoded bytes of a frame; see `FrameTransport`."""
-        return self._chosen().fetch(image_set_id, frame_id)
+        return self._chosen().fetch(image_set_id, frame_id, part)
 
     def _chosen(self) -> FrameTransport:
         if self._lean is not None and not self._connection.hooked:

@@ -21,11 +21,11 @@ import numpy as np
 
 from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
 from ahi_ml.client import FrameTransport
-from ahi_ml.codec import prefixes
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, UnsupportedTransferSyntaxError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.batch import Batch, Task
+from ahi_ml.reader.lengths import lengths_of, part_of
 from ahi_ml.reader.making import Made, make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.pool import DecodePool
@@ -282,7 +282,9 @@ class Reader:
             self._let_go(task)
             return
         task.fetches += 1
-        future = self._transport.fetch(task.source.image_set_id, task.source.frame_id)
+        # What does not suffice, against expectation, is fetched whole.
+        task.part = part_of(task.source, task.options.reduce) if task.fetches == 1 else None
+        future = self._transport.fetch(task.source.image_set_id, task.source.frame_id, task.part)
         task.batch.requests.add(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
         future.add_done_callback(lambda done: self._hand_over(task, self._from_network, (done, cache)))
@@ -299,7 +301,8 @@ class Reader:
         data = done.result()
         source = task.source
         try:
-            array, made = self._make(task, data, trusted=False)
+            whole = task.part is None or not task.part.stopped
+            array, made = self._make(task, data, trusted=False, whole=whole)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
@@ -309,7 +312,6 @@ class Reader:
             self._fetch(task, cache)
             return
         if cache is not None:
-            kind = source.profile
-            lengths = prefixes(data, kind.syntax, kind.pixels)
-            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, prefixes=lengths)
+            lengths = lengths_of(source, data, 0 if whole else task.options.reduce)
+            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, whole=whole, prefixes=lengths)
         self._done(task, array, made, fetched=1, bytes_fetched=len(data))

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from ahi_ml.cache import DerivedTier, Flights
+from ahi_ml.client import Part
 from ahi_ml.index import FrameSource
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
@@ -144,12 +145,13 @@ class Batch:
 class Task:
     """One frame on its way."""
 
-    __slots__ = ("batch", "derived", "fetches", "flight", "options", "slot", "source")
+    __slots__ = ("batch", "derived", "fetches", "flight", "options", "part", "slot", "source")
 
     def __init__(self, batch: Batch, slot: int, derived: tuple[DerivedTier, str] | None = None) -> None:
         self.batch, self.slot = batch, slot
         self.source: FrameSource = batch.sources[slot]
         self.options = batch.options
         self.fetches = 0
+        self.part: Part | None = None  # of the frame, if that is all that was asked for
         self.derived = derived  # where its result is kept
         self.flight: tuple[Flights, str] | None = None  # the download that this task has taken on

@@ -59,7 +59,7 @@ class Served:
         self.closed = False
         self._thread = ThreadPoolExecutor(1, "served")
 
-    def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
+    def fetch(self, image_set_id: str, frame_id: str, part: Any = None) -> Future[bytes]:
         assert image_set_id == IMAGE_SET
         self.requests.append(frame_id)
         future: Future[bytes] = Future()
@@ -724,7 +724,7 @@ def test_closing_the_reader_gives_every_frame_an_outcome() -> None:
         def __init__(self) -> None:
             self.futures: list[Future[bytes]] = []
 
-        def fetch(self, image_set_id: str, frame_id: str) -> Future[bytes]:
+        def fetch(self, image_set_id: str, frame_id: str, part: Any = None) -> Future[bytes]:
             self.futures.append(Future())
             return self.futures[-1]
 

@@ -328,6 +328,32 @@ class TestSign:
             assert np.array_equal(codec.decode(encode(image), syntax, format_of(other)), other)
 
 
+class TestJpegXl:
+    SYNTAX = "1.2.840.10008.1.2.4.112"
+
+    @pytest.mark.parametrize(
+        ("dtype", "bits", "samples"),
+        [("u1", 8, 1), ("u1", 8, 3), ("u2", 10, 1), ("u2", 16, 1), ("u2", 12, 3), ("i1", 8, 1), ("i2", 16, 1)],
+    )
+    def test_lossless(self, dtype: str, bits: int, samples: int) -> None:
+        """It knows no sign: signed samples are stored as their bits."""
+        image = noise(dtype, (40, 52) if samples == 1 else (40, 52, samples))
+        if dtype == "u2":
+            image >>= 16 - bits
+        data = imagecodecs.jpegxl_encode(image.view(f"u{image.itemsize}"), lossless=True)
+        pixels = format_of(image, bits=bits)
+        out = np.empty_like(image)
+        assert codec.decode(data, self.SYNTAX, pixels, out=out) is out
+        assert np.array_equal(out, image)
+        assert codec.decode(data, self.SYNTAX, pixels, reduce=1).shape[:2] == (20, 26)
+
+    def test_cut_short(self) -> None:
+        data = imagecodecs.jpegxl_encode(noise("u2", (64, 64)), lossless=True)
+        for end in (len(data) // 8, len(data) // 2, len(data) - 1):
+            with pytest.raises(DecodeError):
+                codec.decode(data[:end], self.SYNTAX, PixelFormat(64, 64))
+
+
 class TestHostileBytes:
     @pytest.mark.parametrize("syntax", [uid for uid, known in SYNTAXES.items() if known.codec == "video"])
     def test_video_is_refused_by_name(self, syntax: str) -> None:

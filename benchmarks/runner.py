@@ -42,6 +42,7 @@ BENCHMARKS = {
     "cold_epoch": "an epoch over the network, against a plain torch DataLoader with boto3 and OpenJPEG",
     "warm_epoch": "an epoch from the cache of encoded frames, against decoding alone",
     "decoded_epoch": "an epoch from the cache of decoded frames, against reading such files alone",
+    "early_stop": "stopping a download where it is enough, against reading on and keeping the connection",
     "embedded_store": "import speed and server time a frame of the embedded store",
     "catalog_scale": "reads of the embedded store with many image sets, against the same with few",
     "import_time": "import ahi_ml, over the bare interpreter",

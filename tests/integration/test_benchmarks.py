@@ -23,6 +23,7 @@ MEASURED = {
     "warm_epoch": {"float32: FrameLoader": "frames/s", "float32: decode and convert": "frames/s"},
     "embedded_store": {"import": "files/s", "server CPU, 32 in flight, 0 ms latency": "ms/request"},
     "decoded_epoch": {"FrameLoader": "frames/s", "open and preadv": "frames/s"},
+    "early_stop": {"drain, 1 MiB saved": "ms/frame", "stop, 1 MiB saved": "ms/frame"},
     "catalog_scale": {"GetImageSet, few": "ms, p50 of a round", "GetImageSet, many": "ms, p50 of a round"},
     "import_time": {"import ahi_ml, over it": "s"},
 }
@@ -31,6 +32,7 @@ BUDGETS = {
     "warm_epoch": 6,
     "embedded_store": 3,
     "decoded_epoch": 1,
+    "early_stop": 3,
     "catalog_scale": 8,
     "import_time": 1,
 }

@@ -1,1 +1,1 @@
-"""Benchmarks: each module but `runner`, `data`, `floors` and `loaders` offers ``run(size) -> dict``."""
+"""Benchmarks: each module but `runner`, `data`, `floors`, `loaders` and `peer_loaders` offers ``run(size) -> dict``."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ahi_ml
 from ahi_ml.codec import crc32
+from benchmarks.runner import cpu_s
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are meant: they wait
 
@@ -163,8 +164,7 @@ class PlainDataset(Dataset[dict[str, Any]]):
 
 
 def _measure(make: Callable[[], Any], repeat: int) -> Epochs:
-    family = [psutil.Process()]
-    cpu = _cpu_s(family)
+    cpu = cpu_s()
     start = time.perf_counter()
     loader = make()
     frames, first_batch, checksum = 0, 0.0, 0
@@ -175,18 +175,14 @@ def _measure(make: Callable[[], Any], repeat: int) -> Epochs:
         frames += len(batch["image"])
     first = time.perf_counter() - start
     if not repeat:
-        return Epochs(first_batch, first, first, frames, (_cpu_s(family) - cpu) / frames * 1e3, checksum)
+        return Epochs(first_batch, first, first, frames, (cpu_s() - cpu) / frames * 1e3, checksum)
     # The store's server is not among them: it is somebody else's child.
-    family += family[0].children(recursive=True)
-    cpu = _cpu_s(family)
+    workers = psutil.Process().children(recursive=True)
+    cpu = cpu_s(workers)
     start = time.perf_counter()
     for _ in range(repeat):
         seen = sum(len(batch["image"]) for batch in loader)
         if seen != frames:
             raise RuntimeError(f"an epoch of {frames} frames and one of {seen}")
     second = (time.perf_counter() - start) / repeat
-    return Epochs(first_batch, first, second, frames, (_cpu_s(family) - cpu) / (frames * repeat) * 1e3, checksum)
-
-
-def _cpu_s(family: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
+    return Epochs(first_batch, first, second, frames, (cpu_s(workers) - cpu) / (frames * repeat) * 1e3, checksum)

@@ -15,21 +15,25 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = [
     "BENCHMARKS",
     "SIZES",
     "Measurement",
     "Ratio",
+    "cpu_s",
     "fresh_process",
     "main",
     "record",
@@ -44,14 +48,15 @@ BENCHMARKS = {
     "decoded_epoch": "an epoch from the cache of decoded frames, against reading such files alone",
     "early_stop": "stopping a download where it is enough, against reading on and keeping the connection",
     "embedded_store": "import speed and server time a frame of the embedded store",
+    "peers": "an epoch from the cache of decoded frames, against the caches of other projects",
     "catalog_scale": "reads of the embedded store with many image sets, against the same with few",
     "import_time": "import ahi_ml, over the bare interpreter",
 }
 SIZES = ("toy", "small", "full")
 
 _PACKAGES = (
-    "ahi_ml", "boto3", "botocore", "imagecodecs", "numpy", "pyarrow", "pycurl", "pydicom",
-    "pylibjpeg-openjpeg", "torch", "uvicorn",
+    "ahi_ml", "boto3", "botocore", "imagecodecs", "litdata", "monai", "mosaicml-streaming", "numpy", "pyarrow",
+    "pycurl", "pydicom", "pylibjpeg-openjpeg", "torch", "uvicorn", "webdataset",
 )  # fmt: skip
 
 
@@ -173,6 +178,11 @@ def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def _platform_start_method() -> None:
     # A spawned process would spawn its own children too; a user's forks them where the platform does.
     multiprocessing.set_start_method(None, force=True)
+
+
+def cpu_s(others: Iterable[psutil.Process] = ()) -> float:
+    """User and system time of this process and of others, such as its workers."""
+    return time.process_time() + sum(each.user + each.system for each in (other.cpu_times() for other in others))
 
 
 def record(outcome: Mapping[str, Any], date: str | None = None) -> dict[str, Any]:

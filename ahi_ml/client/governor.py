@@ -34,7 +34,7 @@ _FRESH: Record = (0.0, 1.0, -math.inf)
 
 _AHEAD_S = 0.05  # tokens for so long are taken at once
 _MOST = 32
-_KEPT_S = 0.25
+_KEPT_S = 1.0
 
 
 @dataclass(slots=True)

@@ -46,6 +46,7 @@ from hypothesis import strategies as st
 
 from ahi_ml.client import AccessKeys, BestTransport, Boto3Transport, Connection, Service, failures, make_connection
 from ahi_ml.client import lean as lean_module
+from ahi_ml.client.governor import Governor
 from ahi_ml.client.lean import CurlTransport
 from ahi_ml.client.multi import LeanEndpoint
 from ahi_ml.client.signing import FrameSigner
@@ -247,8 +248,10 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxies and certificates of the machine's."""
+def _plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No proxies, certificates and rate limits of the machine's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("AHI_ML_RATE_LIMIT", raising=False)
     for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "requests_ca_bundle"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -1554,10 +1557,6 @@ class TestBoth:
 class TestGoverned:
     """Requests that wait for their turn; the budget itself is in test_governor."""
 
-    @pytest.fixture(autouse=True)
-    def _folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
     @pytest.mark.parametrize("hooked", [False, True], ids=["lean", "boto3"])
     def test_counts(self, hooked: bool, serve: Any, connect: Any, at_once: None) -> None:
         connection = connect(serve(refusal(429, "ThrottlingException"), refusal(503, None), Reply()).url)
@@ -1591,6 +1590,21 @@ class TestGoverned:
         slots = other.governor.reserve("GetImageFrame", 1, time.monotonic())
         assert slots is not None
         assert 0.019 < slots[1] < 0.0201
+
+    def test_requests_are_signed_after_waiting(self, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        signed: list[bool] = []
+        before = Governor._before
+
+        def look(self: Governor, request: Any, **more: Any) -> None:
+            signed.append("Authorization" in request.headers)
+            before(self, request, **more)
+
+        monkeypatch.setattr(Governor, "_before", look)
+        connection = make_connection(Service(REGION, endpoint_url=serve(Reply()).url, keys=KEYS))
+        transport = Boto3Transport(connection.client, STORE, governor=connection.governor)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        transport.close()
+        assert signed == [False]
 
     def test_answers_arrive_while_requests_wait(self, serve: Any) -> None:
         server = serve(lambda seen: Reply(body=body_of(seen.frame_id)))

@@ -86,7 +86,7 @@ def test_eight_processes_use_the_quota_and_are_not_throttled(
     assert requests <= 150 + 100 * took + 1
     assert answers >= 0.95 * (150 + 100 * SECONDS)
     assert min(each["answers"] for each in reports) > 0.5 * 100 * SECONDS / PROCESSES
-    assert all(each["delayed"] > 0 and each["wait_s"] > 1 for each in reports)
+    assert all(each["delayed_s"] > 1 for each in reports)
 
 
 def test_a_clients_other_requests_wait_too(

@@ -246,7 +246,8 @@ class _BufferPool:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
         """An array of this form, recycled when there is one."""
-        for number, array in enumerate(self._free):
+        for number in reversed(range(len(self._free))):  # what was used last may still be in the processor's cache
+            array = self._free[number]
             if array.shape == shape and array.dtype == dtype:
                 return self._free.pop(number)
         return np.empty(shape, dtype)

@@ -674,7 +674,9 @@ class TestSmallerStream:
         frame = boxed(jpeg2000.encode_htj2k(image))
         layout = progressive.layout_of(frame)
         assert layout is not None
-        made = bytes(reduced.smaller_stream(frame, layout, reduce) or b"")
+        end = progressive.resolution_end(frame, layout, reduce)
+        assert end is not None
+        made = bytes(reduced.smaller_stream(frame, layout, reduce, end))
         info = jpeg2000.inspect(made)
         assert (info.rows, info.columns, info.levels) == (*format_of(image).reduced(reduce).shape[:2], 2 - reduce)
         assert b"\xff\x55" not in made[: made.index(b"\xff\x90")], "TLM of what is no longer there"

@@ -591,7 +591,8 @@ class TestExtremes:
     ) -> None:
         """The widest frames that are decoded so, with the largest overshoot there is; wider ones go the other way."""
         choice = largest_sum(reduce)
-        span = max(n for n in range(20_000, 32_000) if np.ptp(wavelet.low_pass_range(0, n, reduce)) < 2**16)
+        bounds = [wavelet.low_pass_range(0, span, reduce) for span in range(32_000)]
+        span = sum(high - low < 2**16 for low, high in bounds) - 1
         for low in (least, (least + most - span) // 2, most - span):
             for width, narrow in ((span, True), (span + 1, False)):
                 high = min(low + width, most)
@@ -666,6 +667,20 @@ class TestExtremes:
             found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=2, extremes=impossible)
             assert calls == [False]
             assert np.array_equal(found, right)
+
+    @pytest.mark.parametrize(("dtype", "depth"), [("u1", 8), ("i1", 8), ("i4", 17), ("i4", 20)])
+    def test_of_depths_that_are_not_decoded_in_16_bits(self, calls: list[bool], dtype: str, depth: int) -> None:
+        for image in patterns(dtype, min(depth, 12), (130, 140)):
+            pixels = format_of(image, depth)
+            stream = jpeg2000.encode_htj2k(image)
+            if depth > 8:
+                stream = stated(stream, 0x80 | depth - 1)
+            extremes = (int(image.min()), int(image.max()))
+            for reduce in (1, 2):
+                calls.clear()
+                found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=extremes)
+                assert calls == [False]
+                assert np.array_equal(found, clipped(wavelet.low_pass(image, reduce), pixels))
 
     def test_of_a_single_tile_part(self, calls: list[bool]) -> None:
         """A part that goes on behind the cut is for the smaller stream; one that is needed whole is not."""
@@ -966,7 +981,8 @@ class TestPrefix:
             plain[:tlm] + comment(b"\xff\x55\0\x1c" + bytes(20)) + plain[tlm:],
             plain[:sot] + comment(b"behind") + plain[sot:],
             plain[:sot] + plain[tlm:sot].replace(b"\xff\x55\0\x1c\0", b"\xff\x55\0\x1c\1") + plain[sot:],
-            plain[:tlm] + comment(b"\xff\x55" + struct.pack(">H", 2)) + plain[sot:],
+            plain[:tlm] + comment(b"\xff\x55\0\2") + plain[sot:],
+            plain[:tlm] + comment(b"\xff\x55\0\6text") + plain[sot:],
             plain[:sot] + comment(bytes(3000)) + plain[sot:],
         ]
         expected = clipped(wavelet.low_pass(image, 1), pixels)
@@ -978,8 +994,10 @@ class TestPrefix:
                 assert layout.body == at
                 begins, ends = zip(*((begin, begin + size) for _, begin, size in layout.segments), strict=True)
                 assert (*begins[1:], at) == ends
-                for marker, begin, _ in layout.segments:
+                for marker, begin, size in layout.segments:
                     assert struct.unpack_from(">H", stream, begin) == (marker,)
+                    if marker != 0xFF55:
+                        assert layout.header[begin : begin + size] == stream[begin : begin + size]
                 for extremes in (None, (0, 10_499)):
                     found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=1, extremes=extremes)
                     assert np.array_equal(found, expected)

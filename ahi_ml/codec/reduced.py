@@ -94,7 +94,8 @@ def decode_low(
     end = resolution_end(data, layout, skipped, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
     if end is None:
         return None
-    wanted, made = pixels.reduced(reduce), pixels.reduced(skipped)
+    wanted = pixels.reduced(reduce)
+    made = wanted if skipped == reduce else pixels.reduced(skipped)
     if out is None:
         out = np.empty(wanted.shape, wanted.dtype)
     place = out if skipped == reduce and out.itemsize == 2 and out.flags.c_contiguous else None
@@ -120,7 +121,7 @@ def decode_low(
 def _shift_to_16_bits(
     info: StreamInfo, pixels: PixelFormat, extremes: tuple[int, int] | None, reduce: int
 ) -> int | None:
-    """What to take from low-pass values so that an int16 holds them; None if nothing is sure to do."""
+    """What to take from low-pass values so that an int16 holds them; None where that is not certain."""
     if extremes is None or not (info.high_throughput and info.reversible and 8 < info.precision <= 16):
         return None
     low, high = pixels.stored_range
@@ -135,7 +136,7 @@ def _shift_to_16_bits(
 def _in_16_bits(
     stream: memoryview, layout: Layout, skipped: int, place: AnyArray | None, shift: int
 ) -> AnyArray | None:
-    """Low-pass values less `shift`, decoded modulo 2**16 to a view of `place`; None if OpenJPH cannot."""
+    """Low-pass values less `shift`, modulo 2**16, in a view of `place` if given; None if OpenJPH cannot say them."""
     psot = int.from_bytes(stream[layout.body + 6 : layout.body + 10], "big")
     if not 0 < psot <= len(stream) - layout.body:  # cut within a tile-part
         return None

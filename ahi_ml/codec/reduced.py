@@ -125,9 +125,10 @@ def _shift_to_16_bits(
     if extremes is None or not (info.high_throughput and info.reversible and 8 < info.precision <= 16):
         return None
     low, high = pixels.stored_range
-    if not low <= extremes[0] <= extremes[1] <= high:
+    lowest, highest = int(extremes[0]), int(extremes[1])  # numbers of an index have few bits
+    if not low <= lowest <= highest <= high:
         return None
-    least, most = wavelet.low_pass_range(*extremes, reduce)
+    least, most = wavelet.low_pass_range(lowest, highest, reduce)
     if least >= _LEAST and most <= _MOST:
         return 0
     return (least + most) // 2 if most - least <= _MOST - _LEAST else None

@@ -574,12 +574,10 @@ class TestExtremes:
                 assert np.array_equal(whole, expected)
                 out = np.full((3, *expected.shape), 7, dtype)
                 cut = memoryview(stream)[: sizes[min(reduce, len(sizes)) - 1]]
-                for data, place in ((cut, out[1]), (boxed(stream), np.full((expected.shape[0], 2), 7, dtype))):
-                    if place.shape != expected.shape:
-                        place = np.full((2 * expected.shape[0], *expected.shape[1:]), 7, dtype)[::2]
-                    found = codec.decode(
-                        data, HTJ2K_LOSSLESS_RPCL, pixels, out=place, reduce=reduce, extremes=(low, high)
-                    )
+                narrow = tuple(np.array([low, high], dtype))
+                strided = np.full((2 * len(expected), *expected.shape[1:]), 7, dtype)[::2]
+                for data, place in ((cut, out[1]), (boxed(stream), strided)):
+                    found = codec.decode(data, HTJ2K_LOSSLESS_RPCL, pixels, out=place, reduce=reduce, extremes=narrow)
                     assert found is place
                     assert np.array_equal(found, expected)
                 assert (out[::2] == 7).all()

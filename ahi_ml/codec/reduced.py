@@ -16,7 +16,6 @@ from __future__ import annotations
 import struct
 from functools import lru_cache
 
-import imagecodecs
 import numpy as np
 
 from ahi_ml.codec import jpeg2000, wavelet
@@ -142,7 +141,7 @@ def _in_16_bits(
     if not 0 < psot <= len(stream) - layout.body:  # cut within a tile-part
         return None
     try:
-        image: AnyArray = imagecodecs.htj2k_decode(stream, skipres=skipped, out=place).view(np.int16)
+        image = jpeg2000.decode_htj2k(stream, skipped=skipped, out=place).view(np.int16)
     except Exception:  # the codec's own, some of them bare: the other way says what is wrong
         return None
     if shift:

@@ -408,6 +408,22 @@ class TestExactness:
                 codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=1), clipped(low_image(image, 1), pixels)
             )
 
+    @pytest.mark.parametrize("dtype", ["u1", "u2"])
+    def test_colour_without_the_transform(self, dtype: str) -> None:
+        """Each component has a wavelet of its own."""
+        for image in patterns(dtype, 8, (150, 140, 3)):
+            pixels = format_of(image)
+            stream = imagecodecs.htj2k_encode(
+                image, reversible=True, tlm=True, tilepart=1, resolutions=2, rgb=False, planar=False
+            )
+            assert not jpeg2000.inspect(stream).colour_transform
+            assert np.array_equal(codec.decode(stream, HTJ2K, pixels), image)
+            for reduce in (1, 2, 3):
+                expected = clipped(wavelet.low_pass(image, reduce), pixels)
+                for extremes in (None, (0, 255)):
+                    found = codec.decode(stream, HTJ2K, pixels, reduce=reduce, extremes=extremes)
+                    assert np.array_equal(found, expected)
+
     @pytest.mark.parametrize("name", ["CT1", "MR4", "NM1", "US1"])
     def test_streams_by_another_encoder(self, shared_data: Path, name: str) -> None:
         """One tile-part each, so nothing can be cut, but every level can be decoded."""
@@ -523,7 +539,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     decoder = imagecodecs.htj2k_decode
 
     def spy(data: object, **options: object) -> np.ndarray:
-        found.append("skipres" in options)
+        found.append(bool(options["skipres"]))
         return decoder(data, **options)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(imagecodecs, "htj2k_decode", spy)

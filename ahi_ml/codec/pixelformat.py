@@ -6,6 +6,7 @@ Floor 1; no I/O.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class PixelFormat:
     @property
     def stored_range(self) -> tuple[int, int]:
         """Lowest and highest value of `bits_stored` bits, as far as the dtype holds them."""
-        bits = min(self.bits_stored, 8 * self.dtype.itemsize)
+        bits = min(self.bits_stored, max(self.bits_allocated, 8))
         return (-(1 << bits - 1), (1 << bits - 1) - 1) if self.signed else (0, (1 << bits) - 1)
 
     @property
@@ -88,7 +89,12 @@ class PixelFormat:
         """
         if reduce < 0:
             raise ConfigError(f"reduce is a number of resolution levels, 0 or more, not {reduce}")
-        return replace(self, rows=-(-self.rows >> reduce), columns=-(-self.columns >> reduce))
+        return _reduced(self, reduce)
+
+
+@lru_cache(64)
+def _reduced(pixels: PixelFormat, reduce: int) -> PixelFormat:
+    return replace(pixels, rows=-(-pixels.rows >> reduce), columns=-(-pixels.columns >> reduce))
 
 
 def match_shape(image: AnyArray, pixels: PixelFormat, syntax: str) -> AnyArray:

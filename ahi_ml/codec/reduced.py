@@ -1,12 +1,12 @@
 """Lower resolutions of JPEG 2000 streams, decoded without wrapping. Floor 1; no I/O.
 
+Low-pass values overshoot the range of the pixels, and OpenJPH wraps what its output does not hold. Where the
+extremes of a frame tell that its low-pass values lie within 65,536 of each other, 16 bits are decoded all the
+same, and unwrapped: the fastest way. Otherwise the depth is raised to 24 bits, in a smaller stream.
+
 `smaller_stream` makes of the beginning of a stream one that is complete in itself: sizes, levels and
 quantisation steps in the header shrunk, later tile-parts left out. Any decoder reads it, also one
 that cannot leave out resolutions, and one that checks for missing bytes.
-
-Low-pass values overshoot the range of the pixels, and OpenJPH wraps what its output does not hold. Where
-the extremes of the frame tell that 16 bits hold all of them, 16 are decoded, straight into the caller's
-array; otherwise 24.
 
 Sources: ITU-T T.800 annex A (markers).
 """
@@ -31,10 +31,7 @@ _SIZ, _COD, _QCD, _QCC = 0xFF51, 0xFF52, 0xFF5C, 0xFF5D
 _TLM, _PLM = 0xFF55, 0xFF57
 _EOC = b"\xff\xd9"
 _HEADROOM_BITS = 24
-# Depth and sign of a component (Ssiz, T.800 A.5.1). Any may be written to a stream of the reversible transform,
-# whose samples have no scale.
-_SIGNED_24, _SIGNED_16 = 0x80 | _HEADROOM_BITS - 1, 0x80 | 15
-_INT16 = np.dtype(np.int16)
+_HEADROOM = 0x80 | _HEADROOM_BITS - 1  # signed: Ssiz, T.800 A.5.1
 _LEAST, _MOST = -(1 << 15), (1 << 15) - 1
 _HEADERS_KEPT = 256
 
@@ -91,22 +88,28 @@ def decode_low(
     layout = divisible(data, pixels)
     if layout is None:
         return None
-    info, wanted = layout.info, pixels.reduced(reduce)
+    info = layout.info
     skipped = min(reduce, info.levels)
-    depth, narrow, shift = _depth(info, extremes, reduce)
-    habit = syntax == HTJ2K_LOSSLESS_RPCL
-    stream = smaller_stream(data, layout, skipped, depth=depth, one_part_a_resolution=habit)
-    if stream is None:
+    end = resolution_end(data, layout, skipped, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
+    if end is None:
         return None
+    wanted = pixels.reduced(reduce)
+    made = wanted if skipped == reduce else pixels.reduced(skipped)
     if out is None:
         out = np.empty(wanted.shape, wanted.dtype)
-    direct = narrow and skipped == reduce and out.itemsize == 2 and out.flags.c_contiguous
-    image = jpeg2000.decode_stream(stream, info, out=out if direct else None)
-    made = wanted if skipped == reduce else pixels.reduced(skipped)
+    place = out if skipped == reduce and out.itemsize == 2 and out.flags.c_contiguous else None
+    image = None
+    shift = _shift_to_16_bits(info, pixels, extremes, reduce)
+    if shift is not None:
+        image = _in_16_bits(memoryview(data)[:end], layout, skipped, place, shift)
+        if place is not None and image is not None and not shift and wanted.stored_range == (_LEAST, _MOST):
+            return out  # nothing to clip
+    if image is None or shift is None:
+        stream = smaller_stream(data, layout, skipped, end, depth=_HEADROOM if info.reversible else None)
+        image = jpeg2000.decode_stream(stream, info)
+        shift = 0 if info.signed or not info.reversible else 1 << info.precision - 1
     if image.shape != made.shape:
         image = match_shape(image, made, syntax)
-    if narrow:
-        image = image.view(_INT16)
     if skipped < reduce:
         image = wavelet.low_pass(image, reduce - skipped, colour_transform=info.in_differences)
     if not info.reversible:  # of the stream's own depth, to which its decoder has clipped it
@@ -114,21 +117,36 @@ def decode_low(
     return settle(image, wanted, out, shift)
 
 
-def _depth(info: StreamInfo, extremes: tuple[int, int] | None, reduce: int) -> tuple[int | None, bool, int]:
-    """Depth to decode low-pass values in (None: the stream's own), whether it is 16 bits, and what to add to them."""
-    if not info.reversible:
-        return None, False, 0
-    middle = 0 if info.signed else 1 << info.precision - 1
-    if not info.high_throughput:  # OpenJPEG clips to the depth it is told
-        return _SIGNED_24, False, middle
-    half = 1 << info.precision - 1
-    low, high = extremes or (middle - half, middle + half - 1)
-    least, most = wavelet.low_pass_range(int(low), int(high), reduce)
-    if least >= _LEAST and most <= _MOST and info.precision == 16:
-        return None, True, 0  # unsigned ones, wrapped, are signed ones of the same bits
-    if least - middle >= _LEAST and most - middle <= _MOST:
-        return _SIGNED_16, True, middle
-    return _SIGNED_24, False, middle
+def _shift_to_16_bits(
+    info: StreamInfo, pixels: PixelFormat, extremes: tuple[int, int] | None, reduce: int
+) -> int | None:
+    """What to take from low-pass values so that an int16 holds them; None where that is not certain."""
+    if extremes is None or not (info.high_throughput and info.reversible and 8 < info.precision <= 16):
+        return None
+    low, high = pixels.stored_range
+    lowest, highest = int(extremes[0]), int(extremes[1])  # numbers of an index have few bits
+    if not low <= lowest <= highest <= high:
+        return None
+    least, most = wavelet.low_pass_range(lowest, highest, reduce)
+    if least >= _LEAST and most <= _MOST:
+        return 0
+    return (least + most) // 2 if most - least <= _MOST - _LEAST else None
+
+
+def _in_16_bits(
+    stream: memoryview, layout: Layout, skipped: int, place: AnyArray | None, shift: int
+) -> AnyArray | None:
+    """Low-pass values less `shift`, modulo 2**16, in a view of `place` if given; None if OpenJPH cannot say them."""
+    psot = int.from_bytes(stream[layout.body + 6 : layout.body + 10], "big")
+    if not 0 < psot <= len(stream) - layout.body:  # cut within a tile-part
+        return None
+    try:
+        image = jpeg2000.decode_htj2k(stream, skipped=skipped, out=place).view(np.int16)
+    except Exception:  # the codec's own, some of them bare: the other way says what is wrong
+        return None
+    if shift:
+        np.subtract(image, (shift - _LEAST) % (1 << 16) + _LEAST, out=image)
+    return image
 
 
 def settle(image: AnyArray, pixels: PixelFormat, out: AnyArray | None = None, shift: int = 0) -> AnyArray:
@@ -163,42 +181,30 @@ def settle(image: AnyArray, pixels: PixelFormat, out: AnyArray | None = None, sh
     return out
 
 
-def smaller_stream(
-    data: Buffer, layout: Layout, reduce: int, *, depth: int | None = None, one_part_a_resolution: bool = False
-) -> bytearray | None:
+def smaller_stream(data: Buffer, layout: Layout, reduce: int, end: int, *, depth: int | None = None) -> bytearray:
     """Make a stream of the resolution `reduce` levels below the full one, from a frame or its prefix.
 
     I/O: none.
 
     Parameters
     ----------
-    data : bytes-like
-        The frame, or at least the prefix that `progressive.prefix_of` told.
-    layout : Layout
-        What `progressive.layout_of` said of it.
+    data, layout : bytes-like, Layout
+        The frame, or at least the prefix that `progressive.prefix_of` told, and what `progressive.layout_of`
+        said of it.
     reduce : int
         Levels to leave out, up to those of the stream.
+    end : int
+        Where the resolution ends: what `progressive.resolution_end` said.
     depth : int, optional
         Written as depth and sign of every component (Ssiz), so that low-pass values that overshoot
         the range of the pixels neither wrap nor lose their sign. Only the reversible transform
         allows that: quantisation steps relate to the depth.
-    one_part_a_resolution : bool
-        As for `progressive.prefix_of`.
 
     Returns
     -------
-    bytearray or None
-        A raw codestream of ``ceil(rows / 2**reduce)`` by ``ceil(columns / 2**reduce)``; None when a
-        header inside the stream says that its parts differ from each other.
-
-    Raises
-    ------
-    DecodeError
-        The data ends before the resolution does.
+    bytearray
+        A raw codestream of ``ceil(rows / 2**reduce)`` by ``ceil(columns / 2**reduce)``.
     """
-    end = resolution_end(data, layout, reduce, one_part_a_resolution=one_part_a_resolution)
-    if end is None:
-        return None
     header = _smaller_header(layout, reduce, depth)
     made = bytearray().join((header, memoryview(data)[layout.body : end], _EOC))
     size = len(made) - len(_EOC)

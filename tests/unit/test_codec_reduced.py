@@ -109,6 +109,27 @@ def patterns(dtype: str, bits: int, shape: tuple[int, ...]) -> Iterator[np.ndarr
     yield random.integers(least, most, shape, endpoint=True).astype(dtype)
 
 
+def largest_sum(reduce: int) -> np.ndarray:
+    """Where an image must be high for the largest low-pass value: the signs of the filter's taps of both axes."""
+    taps = np.ones(1)
+    for step in range(reduce):
+        spread = np.zeros(4 * 2**step + 1)
+        spread[:: 2**step] = (-1, 2, 6, 2, -1)
+        taps = np.convolve(taps, spread)
+    side = 2**reduce * (len(taps) // 2 ** (reduce + 1) + 2)
+    signs = np.zeros(2 * side, bool)
+    signs[side - len(taps) // 2 : side + len(taps) // 2 + 1] = taps > 0
+    return ~(signs[:, None] ^ signs[None, :])
+
+
+def stated(stream: bytes, depth: int) -> bytes:
+    """The same stream with another depth and sign (Ssiz) of its components."""
+    made = bytearray(stream)
+    (components,) = struct.unpack_from(">H", made, 40)
+    made[42 : 42 + 3 * components : 3] = bytes([depth]) * components
+    return bytes(made)
+
+
 def blobs(shape: tuple[int, ...]) -> np.ndarray:
     """Black and white areas and a little noise: they overshoot, and OpenJPEG through Pillow can encode them."""
     random = np.random.default_rng(list(shape))
@@ -171,6 +192,21 @@ def part_a_packet(stream: bytes) -> bytes:
         begin, length, number = begin + length, 0, number + 1
     assert stream[begin:] == b"\xff\xd9"
     return bytes(made) + b"\xff\xd9"
+
+
+def in_one_part(stream: bytes) -> bytes:
+    """The tile-parts of an image of one component and one precinct, a packet each, as a single one with PLT."""
+    at, sod = stream.index(b"\xff\x90"), 14
+    ends = resolutions_end(stream)
+    begins = [at, *ends[:-1]]
+    sizes = b""
+    for begin, end in zip(begins, ends, strict=True):
+        left = end - begin - sod
+        sizes += bytes(0x80 | left >> 7 * n & 0x7F for n in (3, 2, 1)) + bytes([left & 0x7F])
+    plt = b"\xff\x58" + struct.pack(">HB", 3 + len(sizes), 0) + sizes + b"\xff\x93"
+    packets = b"".join(stream[begin + sod : end] for begin, end in zip(begins, ends, strict=True))
+    sot = struct.pack(">HHHIBB", 0xFF90, 10, 0, 12 + len(plt) + len(packets), 0, 1)
+    return with_signalling(stream, tlm=False)[: stream.index(b"\xff\x55")] + sot + plt + packets + b"\xff\xd9"
 
 
 def resolutions_end(stream: bytes) -> list[int]:
@@ -284,6 +320,29 @@ class TestWavelet:
         wavelet.low_pass(image, 2)
         assert np.array_equal(image, slope(20, 30, "i4"))
 
+    @pytest.mark.parametrize("reduce", [1, 2, 3, 4, 5, 6])
+    def test_range_holds_what_the_filter_can_give(self, reduce: int) -> None:
+        low, high = -300, 21_000
+        least, most = wavelet.low_pass_range(low, high, reduce)
+        image = np.where(largest_sum(reduce), high, low)
+        for plane in (image, low + high - image, np.where(image == high, high, low).T):
+            found = wavelet.low_pass(plane, reduce)
+            assert least <= found.min() <= found.max() <= most
+        reached = wavelet.low_pass(image, reduce).max() - high
+        assert reached > 0.93 * (most - high), "much wider than it need be"
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
+    def test_range_holds_small_images_and_colour(
+        self, rows: int, columns: int, reduce: int, colour: bool, seed: int
+    ) -> None:
+        random = np.random.default_rng(seed)
+        low, high = sorted(random.integers(-40, 40, 2).tolist())
+        image = random.choice([low, high], (rows, columns, 3)).astype(np.int16)
+        least, most = wavelet.low_pass_range(low, high, reduce)
+        found = wavelet.low_pass(image, reduce, colour_transform=colour)
+        assert least <= found.min() <= found.max() <= most
+
 
 class TestExactness:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -348,6 +407,22 @@ class TestExactness:
             assert np.array_equal(
                 codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=1), clipped(low_image(image, 1), pixels)
             )
+
+    @pytest.mark.parametrize("dtype", ["u1", "u2"])
+    def test_colour_without_the_transform(self, dtype: str) -> None:
+        """Each component has a wavelet of its own."""
+        for image in patterns(dtype, 8, (150, 140, 3)):
+            pixels = format_of(image)
+            stream = imagecodecs.htj2k_encode(
+                image, reversible=True, tlm=True, tilepart=1, resolutions=2, rgb=False, planar=False
+            )
+            assert not jpeg2000.inspect(stream).colour_transform
+            assert np.array_equal(codec.decode(stream, HTJ2K, pixels), image)
+            for reduce in (1, 2, 3):
+                expected = clipped(wavelet.low_pass(image, reduce), pixels)
+                for extremes in (None, (0, 255)):
+                    found = codec.decode(stream, HTJ2K, pixels, reduce=reduce, extremes=extremes)
+                    assert np.array_equal(found, expected)
 
     @pytest.mark.parametrize("name", ["CT1", "MR4", "NM1", "US1"])
     def test_streams_by_another_encoder(self, shared_data: Path, name: str) -> None:
@@ -455,6 +530,207 @@ class TestExactness:
                 assert codec.prefix(frame[:900], syntax, pixels, reduce).size is None
             seen.add(uid)
         assert len(seen) == 6
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each HTJ2K decode took the stream as it is, and its 16 bits."""
+    found: list[bool] = []
+    decoder = imagecodecs.htj2k_decode
+
+    def spy(data: object, **options: object) -> np.ndarray:
+        found.append(bool(options["skipres"]))
+        return decoder(data, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(imagecodecs, "htj2k_decode", spy)
+    return found
+
+
+class TestExtremes:
+    """With the extremes of a frame its low-pass values come out of 16 bits, and are the same."""
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (257, 300)], ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "bits", "low", "high"),
+        [
+            ("i2", 16, -2000, 2202),
+            ("i2", 16, -1024, 3071),
+            ("i2", 12, -2048, 2047),
+            ("i2", 14, -8192, 8191),
+            ("i2", 16, 11_000, 32_767),
+            ("i2", 16, -32_768, -12_000),
+            ("u2", 12, 0, 4095),
+            ("u2", 14, 0, 16_383),
+            ("u2", 16, 0, 22_000),
+            ("u2", 16, 43_600, 65_535),
+            ("u2", 16, 20_000, 41_000),
+            ("u2", 16, 7, 7),
+        ],
+    )
+    def test_values_are_those_of_the_wavelet(
+        self, calls: list[bool], dtype: str, bits: int, low: int, high: int, shape: tuple[int, ...]
+    ) -> None:
+        random = np.random.default_rng([*shape, high - low])
+        on = np.indices(shape[:2])
+        taps = np.array([0, 0, 1, 1, 1, 0, 0, 1])
+        checks = [on[0] + on[1] & 1, taps[on[0] % 8] ^ taps[on[1] % 8], on[0] // 5 + on[1] // 3 & 1]
+        if len(shape) == 3:
+            checks = [np.stack([check, 1 - check, check], axis=2) for check in checks]
+        for choice in (*checks, random.integers(0, 2, shape), random.random(shape)):
+            image = (low + np.round(choice * (high - low))).astype(dtype)
+            pixels = format_of(image, bits)
+            stream = jpeg2000.encode_htj2k(image)
+            sizes = codec.prefixes(stream, HTJ2K_LOSSLESS_RPCL, pixels)
+            for reduce in range(1, 6):
+                expected = clipped(wavelet.low_pass(image, reduce, colour_transform=image.ndim == 3), pixels)
+                calls.clear()
+                whole = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=(low, high))
+                assert calls == [True], "took the long way"
+                assert (whole.dtype, whole.shape) == (pixels.dtype, expected.shape)
+                assert np.array_equal(whole, expected)
+                out = np.full((3, *expected.shape), 7, dtype)
+                cut = memoryview(stream)[: sizes[min(reduce, len(sizes)) - 1]]
+                narrow = tuple(np.array([low, high], dtype))
+                strided = np.full((2 * len(expected), *expected.shape[1:]), 7, dtype)[::2]
+                for data, place in ((cut, out[1]), (boxed(stream), strided)):
+                    found = codec.decode(data, HTJ2K_LOSSLESS_RPCL, pixels, out=place, reduce=reduce, extremes=narrow)
+                    assert found is place
+                    assert np.array_equal(found, expected)
+                assert (out[::2] == 7).all()
+
+    @pytest.mark.parametrize("reduce", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize(("dtype", "least", "most"), [("i2", -(2**15), 2**15 - 1), ("u2", 0, 2**16 - 1)])
+    def test_at_the_limit_of_what_16_bits_hold(
+        self, calls: list[bool], dtype: str, least: int, most: int, reduce: int
+    ) -> None:
+        """The widest frames that are decoded so, with the largest overshoot there is; wider ones go the other way."""
+        choice = largest_sum(reduce)
+        bounds = [wavelet.low_pass_range(0, span, reduce) for span in range(32_000)]
+        span = sum(high - low < 2**16 for low, high in bounds) - 1
+        for low in (least, (least + most - span) // 2, most - span):
+            for width, narrow in ((span, True), (span + 1, False)):
+                high = min(low + width, most)
+                start = high - width
+                for image in (np.where(choice, start, high), np.where(choice, high, start)):
+                    stream = jpeg2000.encode_htj2k(image.astype(dtype))
+                    pixels = format_of(image.astype(dtype))
+                    calls.clear()
+                    found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=(start, high))
+                    assert calls == [narrow]
+                    assert np.array_equal(found, clipped(wavelet.low_pass(image, reduce), pixels))
+
+    @pytest.mark.parametrize("bits", [9, 10, 12, 13])
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_streams_of_the_stored_depth(self, calls: list[bool], bits: int, signed: bool) -> None:
+        """As other encoders write them: the depth of the stream is Bits Stored."""
+        half = 1 << bits - 1
+        for centred in patterns("i2", bits, (130, 141)):
+            stream = stated(jpeg2000.encode_htj2k(centred), (0x80 if signed else 0) | bits - 1)
+            image = centred if signed else (centred + half).astype("u2")
+            pixels = format_of(image, bits)
+            assert jpeg2000.inspect(stream).precision == bits
+            assert np.array_equal(codec.decode(stream, HTJ2K, pixels), image)
+            for reduce in range(1, 5):
+                expected = clipped(wavelet.low_pass(image, reduce), pixels)
+                calls.clear()
+                extremes = (int(image.min()), int(image.max()))
+                found = codec.decode(stream, HTJ2K, pixels, reduce=reduce, extremes=extremes)
+                assert calls == [True]
+                assert np.array_equal(found, expected)
+                assert np.array_equal(codec.decode(stream, HTJ2K, pixels, reduce=reduce), expected)
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(1, 150),
+        st.integers(1, 150),
+        st.sampled_from([("u1", 8), ("i1", 8), ("u2", 12), ("u2", 16), ("i2", 13), ("i2", 16), ("i4", 20)]),
+        st.sampled_from([HTJ2K_LOSSLESS_RPCL, J2K]),
+        st.booleans(),
+        st.integers(1, 6),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_make_no_difference(
+        self, rows: int, columns: int, depth: tuple[str, int], syntax: str, colour: bool, reduce: int, seed: int
+    ) -> None:
+        dtype, bits = depth
+        random = np.random.default_rng(seed)
+        least = -(2 ** (bits - 1)) if dtype[0] == "i" else 0
+        extremes = sorted(random.integers(least, least + 2**bits, 2).tolist())
+        shape = (rows, columns, 3) if colour else (rows, columns)
+        image = random.choice(extremes, shape).astype(dtype)
+        if syntax == J2K and image.itemsize == 4:
+            return
+        pixels = format_of(image, bits)
+        stream = ENCODERS[syntax](image)
+        found = codec.decode(stream, syntax, pixels, reduce=reduce, extremes=tuple(extremes))
+        assert np.array_equal(found, codec.decode(stream, syntax, pixels, reduce=reduce))
+        differences = colour and syntax == HTJ2K_LOSSLESS_RPCL
+        assert np.array_equal(found, clipped(wavelet.low_pass(image, reduce, colour_transform=differences), pixels))
+
+    @pytest.mark.parametrize("dtype", ["i2", "u2"])
+    def test_that_are_wrong_harm_nothing_but_values(self, calls: list[bool], dtype: str) -> None:
+        *_, image = patterns(dtype, 16, (150, 140))
+        pixels = format_of(image)
+        stream = jpeg2000.encode_htj2k(image)
+        right = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=2)
+        for extremes in ((0, 0), (3, 5), (30_000, 30_001)):
+            found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=2, extremes=extremes)
+            assert (found.shape, found.dtype) == (right.shape, right.dtype)
+        for impossible in ((5, 3), (-40_000, -39_000), (70_000, 70_001), (-(10**9), 10**9)):
+            calls.clear()
+            found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=2, extremes=impossible)
+            assert calls == [False]
+            assert np.array_equal(found, right)
+
+    @pytest.mark.parametrize(("dtype", "depth"), [("u1", 8), ("i1", 8), ("i4", 17), ("i4", 20)])
+    def test_of_depths_that_are_not_decoded_in_16_bits(self, calls: list[bool], dtype: str, depth: int) -> None:
+        for image in patterns(dtype, min(depth, 12), (130, 140)):
+            pixels = format_of(image, depth)
+            stream = jpeg2000.encode_htj2k(image)
+            if depth > 8:
+                stream = stated(stream, 0x80 | depth - 1)
+            extremes = (int(image.min()), int(image.max()))
+            for reduce in (1, 2):
+                calls.clear()
+                found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=extremes)
+                assert calls == [False]
+                assert np.array_equal(found, clipped(wavelet.low_pass(image, reduce), pixels))
+
+    def test_of_a_single_tile_part(self, calls: list[bool]) -> None:
+        """A part that goes on behind the cut is for the smaller stream; one that is needed whole is not."""
+        image = slope(150, 140)
+        pixels = format_of(image)
+        frame = in_one_part(jpeg2000.encode_htj2k(image))
+        sizes = codec.prefixes(frame, HTJ2K, pixels)
+        assert len(sizes) == 2
+        for reduce, size in enumerate(sizes, start=1):
+            expected = clipped(wavelet.low_pass(image, reduce), pixels)
+            for data in (frame, frame[:size]):
+                calls.clear()
+                assert np.array_equal(codec.decode(data, HTJ2K, pixels, reduce=reduce, extremes=(0, 10_499)), expected)
+                assert calls == [False]
+            unmarked = imagecodecs.htj2k_encode(image, reversible=True, resolutions=2)
+            calls.clear()
+            found = codec.decode(unmarked, HTJ2K, pixels, reduce=reduce, extremes=(0, 10_499))
+            assert np.array_equal(found, expected)
+            assert calls == [True]
+
+    def test_of_streams_without_room_change_nothing(self, head_ct: list[np.ndarray]) -> None:
+        """One tile-part cut by packet lengths, irreversible ones, and ones that end too early."""
+        image = head_ct[0].astype(np.uint16)
+        pixels = format_of(image, 12)
+        high = imagecodecs.htj2k_encode(image, 0.001, reversible=False, tlm=True, tilepart=1, resolutions=3)
+        single = imagecodecs.htj2k_encode(image, reversible=True)
+        stream = jpeg2000.encode_htj2k(image)
+        for frame, syntax in ((high, HTJ2K_LOSSY), (single, HTJ2K), (stream, HTJ2K_LOSSLESS_RPCL)):
+            for reduce in (1, 2, 3, 7):
+                plain = codec.decode(frame, syntax, pixels, reduce=reduce)
+                assert np.array_equal(codec.decode(frame, syntax, pixels, reduce=reduce, extremes=(0, 4095)), plain)
+        for reduce, size in enumerate(codec.prefixes(stream, HTJ2K_LOSSLESS_RPCL, pixels), start=1):
+            with pytest.raises(DecodeError, match="ends before"):
+                codec.decode(
+                    stream[: size - 1], HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=(0, int(image.max()))
+                )
 
 
 class TestOut:
@@ -651,6 +927,98 @@ class TestPrefix:
         assert not codec.prefix(b"", HTJ2K_LOSSLESS_RPCL, pixels, 1).known
         assert codec.prefix(b"", EXPLICIT_LE, pixels, 1) == codec.Prefix(None, True)
 
+    @pytest.mark.parametrize("box", [False, True], ids=["raw", "JP2"])
+    @pytest.mark.parametrize("shape", [(150, 140), (257, 513), (260, 131, 3)], ids=str)
+    def test_all_at_once(self, shape: tuple[int, ...], box: bool) -> None:
+        *_, image = patterns("u2", 12, shape)
+        pixels = format_of(image, 12)
+        stream = jpeg2000.encode_htj2k(image)
+        for signalling in ({}, {"tlm": False}, {"tlm": False, "total": 0}, {"total": 0, "open_end": True}):
+            frame = with_signalling(stream, **signalling)  # type: ignore[arg-type]
+            frame = boxed(frame) if box else frame
+            sizes = codec.prefixes(frame, HTJ2K_LOSSLESS_RPCL, pixels)
+            assert len(sizes) == codec.levels(frame, HTJ2K_LOSSLESS_RPCL, pixels) > 0
+            assert [codec.Prefix(size, True) for size in sizes] == [
+                codec.prefix(frame, HTJ2K_LOSSLESS_RPCL, pixels, reduce) for reduce in range(1, len(sizes) + 1)
+            ]
+            for reduce in range(1, len(sizes) + 3):
+                cut = frame[: sizes[min(reduce, len(sizes)) - 1]]
+                for extremes in (None, (0, 4095)):
+                    found = codec.decode(cut, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=extremes)
+                    assert np.array_equal(found, codec.decode(frame, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce))
+            assert codec.prefixes(frame[: sizes[0] - 1], HTJ2K_LOSSLESS_RPCL, pixels) == ()
+
+    def test_all_at_once_from_packet_lengths(self) -> None:
+        image = blobs((335, 263))
+        frame = by_openjpeg(image, plt=True, progression="RPCL")
+        sizes = codec.prefixes(frame, J2K, format_of(image))
+        assert list(sizes) == [ask(frame, J2K, format_of(image), reduce)[0] for reduce in (1, 2, 3)]
+
+    def test_all_at_once_of_what_is_needed_whole(self) -> None:
+        image = slope(200, 131, "u1") // 3
+        pixels = format_of(image)
+        stream = jpeg2000.encode_htj2k(image)
+        unsaid = part_a_packet(
+            by_openjpeg(blobs((199, 135)), plt=True, progression="RPCL", no_jp2=True, precinct_size=(32, 32))
+        )
+        cases = [
+            (jpeg2000.encode_j2k(image), J2K, pixels),
+            (imagecodecs.htj2k_encode(image, reversible=True), HTJ2K, pixels),
+            (stream, HTJ2K_LOSSLESS_RPCL, replace(pixels, signed=True)),
+            (stream, HTJ2K_LOSSLESS_RPCL, replace(pixels, labels=True)),
+            (stream, HTJ2K_LOSSLESS_RPCL, replace(pixels, rows=199)),
+            (image.tobytes(), EXPLICIT_LE, pixels),
+            (b"", HTJ2K_LOSSLESS_RPCL, pixels),
+            (b"\0" * 5000, HTJ2K_LOSSLESS_RPCL, pixels),
+            (unsaid, HTJ2K_LOSSLESS_RPCL, format_of(blobs((199, 135)))),
+        ]
+        for frame, syntax, given_pixels in cases:
+            assert codec.prefixes(frame, syntax, given_pixels) == ()
+
+    def test_headers_alike_are_told_apart(self) -> None:
+        """What was read of one frame is used for the next that begins so: never where they differ."""
+        image = slope()
+        pixels = format_of(image)
+        plain = jpeg2000.encode_htj2k(image)
+        sot, tlm = plain.index(b"\xff\x90"), plain.index(b"\xff\x55")
+
+        def comment(text: bytes) -> bytes:
+            return b"\xff\x64" + struct.pack(">H", 4 + len(text)) + b"\0\1" + text
+
+        def with_order(stream: bytes) -> bytes:
+            at = stream.index(b"\xff\x52")
+            return stream[:at] + b"\xff\x5f\0\x09" + bytes(7) + stream[at:]  # POC: an order of its own
+
+        streams = [
+            plain,
+            plain[:tlm] + comment(b"markers \xff\x90 and \xff\x55\0\4 in it") + plain[tlm:],
+            plain[:tlm] + comment(b"\xff\x55\0\x1c" + bytes(20)) + plain[tlm:],
+            plain[:sot] + comment(b"behind") + plain[sot:],
+            plain[:sot] + plain[tlm:sot].replace(b"\xff\x55\0\x1c\0", b"\xff\x55\0\x1c\1") + plain[sot:],
+            plain[:tlm] + comment(b"\xff\x55\0\2") + plain[sot:],
+            plain[:tlm] + comment(b"\xff\x55\0\6text") + plain[sot:],
+            plain[:sot] + comment(bytes(3000)) + plain[sot:],
+        ]
+        expected = clipped(wavelet.low_pass(image, 1), pixels)
+        for _ in range(2):
+            for stream in streams:
+                layout = progressive.layout_of(stream)
+                assert layout is not None
+                at = len(stream) - len(plain[sot:])
+                assert layout.body == at
+                begins, ends = zip(*((begin, begin + size) for _, begin, size in layout.segments), strict=True)
+                assert (*begins[1:], at) == ends
+                for marker, begin, size in layout.segments:
+                    assert struct.unpack_from(">H", stream, begin) == (marker,)
+                    if marker != 0xFF55:
+                        assert layout.header[begin : begin + size] == stream[begin : begin + size]
+                for extremes in (None, (0, 10_499)):
+                    found = codec.decode(stream, HTJ2K_LOSSLESS_RPCL, pixels, reduce=1, extremes=extremes)
+                    assert np.array_equal(found, expected)
+                assert progressive.layout_of(with_order(stream)) is None
+                with pytest.raises(DecodeError):
+                    progressive.layout_of(stream[: at - 3])
+
     def test_levels(self) -> None:
         image = slope(300, 260)
         pixels = format_of(image)
@@ -674,7 +1042,9 @@ class TestSmallerStream:
         frame = boxed(jpeg2000.encode_htj2k(image))
         layout = progressive.layout_of(frame)
         assert layout is not None
-        made = bytes(reduced.smaller_stream(frame, layout, reduce) or b"")
+        end = progressive.resolution_end(frame, layout, reduce)
+        assert end is not None
+        made = bytes(reduced.smaller_stream(frame, layout, reduce, end))
         info = jpeg2000.inspect(made)
         assert (info.rows, info.columns, info.levels) == (*format_of(image).reduced(reduce).shape[:2], 2 - reduce)
         assert b"\xff\x55" not in made[: made.index(b"\xff\x90")], "TLM of what is no longer there"
@@ -699,8 +1069,10 @@ class TestHostileBytes:
             (jpeg2000.encode_htj2k(image), HTJ2K_LOSSLESS_RPCL),
             (jpeg2000.encode_j2k(image), J2K),
             (by_openjpeg(image, plt=True, progression="RPCL", precinct_size=(64, 64)), J2K),
+            (jpeg2000.encode_htj2k(image.astype(np.uint16)), HTJ2K_LOSSLESS_RPCL),
         ]
         for stream, syntax in streams:
+            pixels = format_of(image.astype(f"u{1 if stream is not streams[-1][0] else 2}"))
             for _ in range(300):
                 damaged = bytearray(stream)
                 for at in random.integers(2, stream.index(b"\xff\x93"), random.integers(1, 4)):
@@ -709,7 +1081,7 @@ class TestHostileBytes:
                 found = codec.prefix(damaged, syntax, pixels, reduce)
                 assert found.size is None or found.size > 0
                 try:
-                    low = codec.decode(bytes(damaged), syntax, pixels, reduce=reduce)
+                    low = codec.decode(bytes(damaged), syntax, pixels, reduce=reduce, extremes=(0, 255))
                 except DecodeError:
                     continue
                 assert (low.shape, low.dtype) == (pixels.reduced(reduce).shape, pixels.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ahi_ml.codec import crc32
 from ahi_ml.types import AnyArray, Buffer
@@ -30,10 +30,10 @@ _CRC = struct.Struct("<I")  # of the header: a flipped flag must not make a fram
 _MAGIC = b"AHIF"
 _FORMAT = 2
 _HEADER = struct.Struct("<4sHHIQ")  # magic, format, flags, CRC of the payload, its length
-_PREFIX = struct.Struct("<II")  # length of the payload's part that a lower resolution needs, and its CRC
 _MOST_PREFIXES = 6  # of a frame with more levels, the shortest of these is enough for the rest
-_PREFIXES = struct.Struct(f"<{2 * _MOST_PREFIXES}I")
-ENCODED_START = _HEADER.size + _PREFIXES.size + _CRC.size
+_PREFIXES = struct.Struct(f"<{2 * _MOST_PREFIXES}I")  # of each, length of the part it needs, and its CRC
+_UNTIL_CRC = _HEADER.size + _PREFIXES.size
+ENCODED_START = _UNTIL_CRC + _CRC.size
 _VERIFIED, _PART = 1, 2
 
 # What a reader knows beforehand comes first, so that one comparison of bytes tells a fit. The verdict is a word:
@@ -48,8 +48,7 @@ DERIVED_START = _BEGINNING.size + _DERIVED_CRC.size + _CRC.size
 _KINDS = "biufc"
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
+class CacheEntry(NamedTuple):
     """A cached frame.
 
     Parameters
@@ -67,8 +66,7 @@ class CacheEntry:
     whole: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedHeader:
+class EncodedHeader(NamedTuple):
     """What stands before an encoded frame.
 
     Parameters
@@ -79,16 +77,16 @@ class EncodedHeader:
         Whether the payload is the whole frame, and not just its first part.
     length, checksum : int
         Of the payload: bytes, CRC-32.
-    prefixes : tuple of (int, int)
-        Length and CRC-32 of the payload's part that is enough for ``reduce`` 1, 2, ...; for higher ones the last.
-        Zeros where the payload ends before that.
+    prefixes : tuple of int
+        Length and CRC-32, in turns, of the payload's part that is enough for ``reduce`` 1, 2, ...; for higher ones
+        the last. Zeros where the payload ends before that.
     """
 
     verified: bool
     whole: bool
     length: int
     checksum: int
-    prefixes: tuple[tuple[int, int], ...] = ()
+    prefixes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, data: Buffer, *, verified: bool, whole: bool = True, prefixes: Sequence[int] = ()) -> EncodedHeader:
@@ -100,43 +98,40 @@ class EncodedHeader:
         for length in sorted({*kept, len(view)} - {0}):  # one pass: each goes on where the one before ended
             checksums[length] = crc32(view[done:length], checksums[done])
             done = length
-        return cls(verified, whole, len(view), checksums[done], tuple((length, checksums[length]) for length in kept))
+        numbers = tuple(number for length in kept for number in (length, checksums[length]))
+        return cls(verified, whole, len(view), checksums[done], numbers)
 
     def pack(self) -> bytes:
         """Return its bytes."""
         flags = (_VERIFIED if self.verified else 0) | (0 if self.whole else _PART)
-        numbers = [number for pair in self.prefixes for number in pair]
-        numbers += [0] * (2 * _MOST_PREFIXES - len(numbers))
+        numbers = (*self.prefixes, *[0] * (2 * _MOST_PREFIXES - len(self.prefixes)))
         header = _HEADER.pack(_MAGIC, _FORMAT, flags, self.checksum, self.length) + _PREFIXES.pack(*numbers)
         return header + _CRC.pack(crc32(header))
 
     @classmethod
-    def parse(cls, raw: Buffer) -> EncodedHeader | None:
+    def parse(cls, raw: bytes) -> EncodedHeader | None:
         """Return what the first bytes of an entry say; None when one of them is not what was written."""
         if len(raw) < ENCODED_START:
             return None
         magic, version, flags, checksum, length = _HEADER.unpack_from(raw)
-        body = memoryview(raw)[: ENCODED_START - _CRC.size]
-        if magic != _MAGIC or version != _FORMAT or _CRC.unpack_from(raw, len(body)) != (crc32(body),):
+        if magic != _MAGIC or version != _FORMAT or _CRC.unpack_from(raw, _UNTIL_CRC)[0] != crc32(raw[:_UNTIL_CRC]):
             return None
-        numbers = _PREFIXES.unpack_from(raw, _HEADER.size)
-        last = max((place for place in range(_MOST_PREFIXES) if numbers[2 * place]), default=-1)
-        pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))[: last + 1]
-        return cls(bool(flags & _VERIFIED), not flags & _PART, length, checksum, pairs)
+        prefixes = _PREFIXES.unpack_from(raw, _HEADER.size)
+        return cls(flags & _VERIFIED == _VERIFIED, not flags & _PART, length, checksum, prefixes)
 
     def part(self, reduce: int) -> tuple[int, int] | None:
         """Length and CRC of what a resolution needs of the payload; None when it is not there."""
-        if reduce and self.prefixes:
-            pair = self.prefixes[min(reduce, len(self.prefixes)) - 1]
-            if pair[0]:
-                return pair
+        prefixes = self.prefixes
+        for level in range(min(reduce, len(prefixes) // 2), 0, -1):
+            if prefixes[2 * level - 2]:
+                return prefixes[2 * level - 2], prefixes[2 * level - 1]
         return (self.length, self.checksum) if self.whole else None
 
 
 def parse_encoded(raw: Buffer) -> tuple[EncodedHeader, memoryview] | None:
     """Return header and payload of an encoded entry; None when a byte of it is not what was written."""
-    header = EncodedHeader.parse(raw)
     payload = memoryview(raw)[ENCODED_START:]
+    header = EncodedHeader.parse(bytes(memoryview(raw)[:ENCODED_START]))
     if header is None or header.length != len(payload) or header.checksum != crc32(payload):
         return None
     return header, payload

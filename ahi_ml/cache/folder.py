@@ -130,13 +130,6 @@ class CacheFolder:
             for name, count in counts.items():
                 setattr(state.stats, name, getattr(state.stats, name) + count)
 
-    def count_hit(self, size: int) -> None:
-        """Count an encoded frame that was there; `count` costs more than finding it. I/O: none."""
-        state = self._state.get()
-        with state.lock:
-            state.stats.hits += 1
-            state.stats.bytes += size
-
     def stats(self) -> dict[str, int]:
         """Return the counts of this process; see `CacheStats`. I/O: none."""
         state = self._state.get()

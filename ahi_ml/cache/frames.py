@@ -134,10 +134,12 @@ class FrameCache:
             Others can look into the folder.
         """
         folder = self._folder
+        state = folder.state()
         name = self.name(datastore_id, frame_id)
         path = folder.place(name)
         try:
-            folder.check_private()
+            if not state.private:
+                folder.check_private()
             descriptor = os.open(path, _READ)
             try:
                 status = os.fstat(descriptor)
@@ -160,7 +162,9 @@ class FrameCache:
         if part is None:  # of a lower resolution than asked for
             return self._from_remote(name, reduce)
         folder.touch(path, status.st_mtime)
-        folder.count_hit(len(data))
+        with state.lock:
+            state.stats.hits += 1
+            state.stats.bytes += len(data)
         return CacheEntry(data, header.verified, header.whole and len(data) == header.length)
 
     def _from_remote(self, name: str, reduce: int) -> CacheEntry | None:

@@ -179,8 +179,8 @@ class Reader:
         task.batch.finish(task.slot, outcome)
 
     def _make(self, task: Task, data: Buffer, *, trusted: bool, whole: bool = True) -> tuple[AnyArray, Made]:
-        out, again = task.batch.out(task.slot), task.fetches > 1
-        return out, make_frame(task.source, task.options, data, out, trusted=trusted, whole=whole, again=again)
+        out, form, again = task.batch.out(task.slot), task.batch.form(task.slot), task.fetches > 1
+        return out, make_frame(task.source, task.options, data, out, form, trusted=trusted, whole=whole, again=again)
 
     def _done(self, task: Task, array: AnyArray, made: Made, **counts: Any) -> None:
         """A frame was made: keep it where results are kept, and hand it out."""

@@ -11,6 +11,7 @@ import numpy as np
 from ahi_ml.cache import DerivedTier, Flights
 from ahi_ml.client import Part
 from ahi_ml.index import FrameSource
+from ahi_ml.reader.making import Form
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
 from ahi_ml.types import AnyArray
@@ -53,6 +54,7 @@ class Batch:
         ended: Callable[[ReaderStats], None] | None = None,
     ) -> None:
         self.sources, self.options, self.outs = sources, options, outs
+        self._forms: dict[int, Form] = {}  # by kind, which the sources keep alive
         self.stats = ReaderStats()
         self.arrived = 0.0
         self._ended = ended
@@ -65,12 +67,20 @@ class Batch:
         if not sources:
             self._done.set()
 
+    def form(self, slot: int) -> Form:
+        """The form of a frame's result. I/O: none."""
+        kind = self.sources[slot].profile
+        form = self._forms.get(id(kind))
+        if form is None:
+            form = self._forms[id(kind)] = Form.of(kind, self.options)
+        return form
+
     def out(self, slot: int) -> AnyArray:
         """The array that a frame is read into. I/O: none."""
         if self.outs is not None:
             return self.outs[slot]
-        profile, options = self.sources[slot].profile, self.options
-        return np.empty(profile.shape(options.output, options.reduce), options.result_dtype(profile))
+        form = self.form(slot)
+        return np.empty(form.shape, form.dtype)
 
     def finish(self, slot: int, outcome: AnyArray | BaseException) -> None:
         """Note the outcome of one frame. Called by the reader."""

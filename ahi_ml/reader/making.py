@@ -4,22 +4,49 @@ from __future__ import annotations
 
 import threading
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ahi_ml.codec import PixelFormat, crc32, decode
+from ahi_ml.codec import crc32, decode
 from ahi_ml.errors import ChecksumError, ConfigError, DecodeError
-from ahi_ml.index import FrameSource
+from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.values import convert_values
 from ahi_ml.types import AnyArray, Buffer
 
-__all__ = ["Made", "make_frame"]
+__all__ = ["Form", "Made", "make_frame"]
 
 _SCRATCH = threading.local()
 
 
-class Made:
+class Form(NamedTuple):
+    """What frames of one kind are made into.
+
+    Parameters
+    ----------
+    shape, dtype : tuple of int, dtype
+        Of the result.
+    decoded : tuple of (tuple of int, dtype)
+        Shape and dtype of the stored values it is made of.
+    as_stored : bool
+        Whether it is those very values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    decoded: tuple[tuple[int, ...], np.dtype[Any]]
+    as_stored: bool
+
+    @classmethod
+    def of(cls, kind: FrameProfile, options: ReadOptions) -> Form:
+        """The form of frames of a kind. I/O: none."""
+        dtype, pixels = options.result_dtype(kind), kind.pixels.reduced(options.reduce)
+        as_stored = options.output == "stored" and dtype == pixels.dtype
+        return cls(kind.shape(options.output, options.reduce), dtype, (pixels.shape, pixels.dtype), as_stored)
+
+
+class Made(NamedTuple):
     """A frame as it was made: whether its pixels are known to be right, and what it took.
 
     Parameters
@@ -30,10 +57,9 @@ class Made:
         Seconds.
     """
 
-    __slots__ = ("convert_s", "decode_s", "verified")
-
-    def __init__(self, verified: bool, decode_s: float, convert_s: float) -> None:
-        self.verified, self.decode_s, self.convert_s = verified, decode_s, convert_s
+    verified: bool
+    decode_s: float
+    convert_s: float
 
 
 def make_frame(
@@ -41,6 +67,7 @@ def make_frame(
     options: ReadOptions,
     data: Buffer,
     out: AnyArray,
+    form: Form,
     *,
     trusted: bool,
     whole: bool = True,
@@ -58,6 +85,8 @@ def make_frame(
         The encoded frame, or the part of it that `options.reduce` needs.
     out : ndarray
         Written to.
+    form : Form
+        Of frames of this kind.
     trusted : bool
         Whether the bytes were compared with the checksum before.
     whole : bool
@@ -77,13 +106,12 @@ def make_frame(
     of_pixels = check and profile.checksum_of == "samples" and options.reduce == 0
     if of_bytes and crc32(data) != source.checksum:
         raise _mismatch(source, "encoded bytes", again)
-    shape, dtype = profile.shape(options.output, options.reduce), options.result_dtype(profile)
-    if out.shape != shape or out.dtype != dtype:
-        raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {dtype}{shape}")
+    if out.shape != form.shape or out.dtype != form.dtype:
+        raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {form.dtype}{form.shape}")
     started = perf_counter()
-    direct = options.output == "stored" and dtype == profile.pixels.dtype and out.flags.c_contiguous
+    direct = form.as_stored and out.flags.c_contiguous
     try:
-        place = out if direct else _scratch_array(profile.pixels.reduced(options.reduce))
+        place = out if direct else _scratch_array(*form.decoded)
         extremes = source.extremes if options.reduce else None
         stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce, extremes=extremes)
     except DecodeError as error:
@@ -97,13 +125,12 @@ def make_frame(
     return Made(trusted or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
 
 
-def _scratch_array(pixels: PixelFormat) -> AnyArray:
-    """This thread's array of a shape: fresh pages cost as much as the conversion."""
-    key = (pixels.shape, pixels.dtype)
-    arrays = _SCRATCH.__dict__
-    if arrays.get("key") != key:
-        arrays["key"], arrays["array"] = key, np.empty(*key)
-    return arrays["array"]  # type: ignore[no-any-return]
+def _scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
+    """This thread's array of a form: fresh pages cost as much as the conversion."""
+    array: AnyArray | None = getattr(_SCRATCH, "array", None)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        array = _SCRATCH.array = np.empty(shape, dtype)
+    return array
 
 
 def _mismatch(source: FrameSource, what: str, again: bool) -> ChecksumError:

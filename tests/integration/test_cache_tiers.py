@@ -49,7 +49,7 @@ def requests(store: ahi_ml.DataStore) -> Counter[str]:
     transport = store.reader._transport
     fetch = transport.fetch
 
-    def counted(image_set_id: str, frame_id: str) -> Any:
+    def counted(image_set_id: str, frame_id: str, part: Any = None) -> Any:
         counts[frame_id] += 1
         return fetch(image_set_id, frame_id)
 
@@ -154,7 +154,7 @@ def test_a_download_that_fails_lets_the_next_one_try(store: ahi_ml.DataStore) ->
     transport, asked = store.reader._transport, []
     fetch = transport.fetch
 
-    def failing(image_set_id: str, frame_id: str) -> Any:
+    def failing(image_set_id: str, frame_id: str, part: Any = None) -> Any:
         asked.append(frame_id)
         return fetch(image_set_id, frame_id if len(asked) > 1 else "0" * 32)
 

@@ -19,10 +19,12 @@ from ahi_ml.imports import ImportPlaces, ImportReport, run_import
 from ahi_ml.imports.staging import JobLimits
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.reader import Reader
+from ahi_ml.reader.prefetch import Prefetched, prefetch
 from ahi_ml.search import Search, make_search
 from ahi_ml.types import PathType, RateLimit
 
 if TYPE_CHECKING:
+    from ahi_ml.index import DatasetIndex
     from ahi_ml.local.process import Lease
 
 __all__ = ["DataStore", "connect"]
@@ -251,6 +253,36 @@ class DataStore:
             updated=updated,
             primary=primary,
             progress=self.progress,
+        )
+
+    def prefetch(
+        self, index: DatasetIndex, *, cache: FrameCache | None = None, progress: bool | None = None
+    ) -> Prefetched:
+        """Bring every frame of an index into the cache, verified, so that later epochs need no network.
+
+        I/O: one look at the cache a frame, and one request for each that is not there.
+
+        Parameters
+        ----------
+        index : DatasetIndex
+            Which frames.
+        cache : FrameCache, optional
+            Where to; the store's own by default.
+        progress : bool, optional
+            Show a progress bar.
+
+        Returns
+        -------
+        Prefetched
+            Counts, and an error for each frame that could not be read.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        return prefetch(
+            self.reader, index, cache or self.cache, progress=self.progress if progress is None else progress
         )
 
     def import_dicom(

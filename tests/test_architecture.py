@@ -29,7 +29,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "cache": {"fsspec"},
         "client": {"boto3", "botocore", "pycurl"},
     },
-    {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm"}, "reader": set()},
+    {"search": {"pandas", "tqdm"}, "imports": {"pandas", "tqdm"}, "reader": {"tqdm"}},
     {"store": set()},
     {"volume": {"xarray"}, "filesystem": {"fsspec"}},
     {"datasets": {"torch"}, "features": {"joblib", "pandas", "tqdm"}},

@@ -6,10 +6,10 @@ convenience: a full disk or a read-only folder costs one warning, never a run.
 
 `frames` is what callers see, `derived` the tier of results, `entries` the headers, `folder` the place both
 share and `eviction` its bound; `recipe` says what may be kept, `locks` and `flight` who downloads, `remote`
-keeps frames in an object store as well.
+keeps frames in an object store as well, `sealed` encrypts.
 """
 
-from ahi_ml.cache.derived import DerivedTier
+from ahi_ml.cache.derived import DerivedTier, ResultTier
 from ahi_ml.cache.entries import CacheEntry
 from ahi_ml.cache.flight import Flights
 from ahi_ml.cache.folder import CacheStats
@@ -25,6 +25,7 @@ __all__ = [
     "DerivedTier",
     "Flights",
     "FrameCache",
+    "ResultTier",
     "fingerprint",
     "recipe",
 ]

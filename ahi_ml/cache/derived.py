@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from io import FileIO
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ahi_ml.codec import crc32
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import AnyArray
 
-__all__ = ["DerivedTier"]
+__all__ = ["DerivedTier", "ResultTier", "result_key"]
 
 _BYTES = 1 << 20  # of a bitmap of names
 _BYTE = _BYTES - 1
@@ -64,6 +64,23 @@ class _Fit(NamedTuple):
         return cls(out.dtype, out.shape, DERIVED_START + out.nbytes, verified or never, unverified or never)
 
 
+class ResultTier(Protocol):
+    """Where results of one recipe are kept; see `DerivedTier`."""
+
+    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
+        """Read results into rows of a batch; None for those that are not there."""
+        ...
+
+    def write(self, key: str, array: AnyArray, verified: bool) -> bool:
+        """Store a result; whether it is kept."""
+        ...
+
+
+def result_key(datastore_id: str, recipe: str) -> str:
+    """What the names of all results of a recipe begin with, before they are hashed. I/O: none."""
+    return f"derived\0{DECODER_EPOCH}\0{datastore_id}\0{len(recipe)}\0{recipe}\0"
+
+
 class DerivedTier:
     """Results of one recipe: arrays of any shape and numeric dtype, found by the key of their frame.
 
@@ -88,8 +105,7 @@ class DerivedTier:
     def __init__(self, folder: CacheFolder, datastore_id: str, recipe: str) -> None:
         self._folder = folder
         self._identity = datastore_id, recipe
-        key = f"derived\0{DECODER_EPOCH}\0{datastore_id}\0{len(recipe)}\0{recipe}\0"
-        self._named = hashlib.blake2b(key.encode(), digest_size=16)
+        self._named = hashlib.blake2b(result_key(datastore_id, recipe).encode(), digest_size=16)
         self._marks = PerProcess(_Marks)
         self._fit = _Fit.of(np.empty(0, np.int16))  # the last one: rows of a batch are alike
 

@@ -34,7 +34,7 @@ _MOST_PREFIXES = 6  # of a frame with more levels, the shortest of these is enou
 _PREFIXES = struct.Struct(f"<{2 * _MOST_PREFIXES}I")  # of each, length of the part it needs, and its CRC
 _UNTIL_CRC = _HEADER.size + _PREFIXES.size
 ENCODED_START = _UNTIL_CRC + _CRC.size
-_VERIFIED, _PART = 1, 2
+_VERIFIED, _PART, _SEALED = 1, 2, 4
 
 # What a reader knows beforehand comes first, so that one comparison of bytes tells a fit. The verdict is a word:
 # no flipped bit makes one of the other.
@@ -87,9 +87,18 @@ class EncodedHeader(NamedTuple):
     length: int
     checksum: int
     prefixes: tuple[int, ...] = ()
+    sealed: bool = False
 
     @classmethod
-    def of(cls, data: Buffer, *, verified: bool, whole: bool = True, prefixes: Sequence[int] = ()) -> EncodedHeader:
+    def of(
+        cls,
+        data: Buffer,
+        *,
+        verified: bool,
+        whole: bool = True,
+        prefixes: Sequence[int] = (),
+        sealed: bool = False,
+    ) -> EncodedHeader:
         """Return the header for bytes, of which those prefixes are enough for ``reduce`` 1, 2, ..."""
         view = memoryview(data)
         kept = [length if length <= len(view) else 0 for length in prefixes[:_MOST_PREFIXES]]
@@ -99,11 +108,11 @@ class EncodedHeader(NamedTuple):
             checksums[length] = crc32(view[done:length], checksums[done])
             done = length
         numbers = tuple(number for length in kept for number in (length, checksums[length]))
-        return cls(verified, whole, len(view), checksums[done], numbers)
+        return cls(verified, whole, len(view), checksums[done], numbers, sealed)
 
     def pack(self) -> bytes:
         """Return its bytes."""
-        flags = (_VERIFIED if self.verified else 0) | (0 if self.whole else _PART)
+        flags = self.verified * _VERIFIED | (not self.whole) * _PART | self.sealed * _SEALED
         numbers = (*self.prefixes, *[0] * (2 * _MOST_PREFIXES - len(self.prefixes)))
         header = _HEADER.pack(_MAGIC, _FORMAT, flags, self.checksum, self.length) + _PREFIXES.pack(*numbers)
         return header + _CRC.pack(crc32(header))
@@ -117,7 +126,7 @@ class EncodedHeader(NamedTuple):
         if magic != _MAGIC or version != _FORMAT or _CRC.unpack_from(raw, _UNTIL_CRC)[0] != crc32(raw[:_UNTIL_CRC]):
             return None
         prefixes = _PREFIXES.unpack_from(raw, _HEADER.size)
-        return cls(flags & _VERIFIED == _VERIFIED, not flags & _PART, length, checksum, prefixes)
+        return cls(bool(flags & _VERIFIED), not flags & _PART, length, checksum, prefixes, bool(flags & _SEALED))
 
     def part(self, reduce: int) -> tuple[int, int] | None:
         """Length and CRC of what a resolution needs of the payload; None when it is not there."""

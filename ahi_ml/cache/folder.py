@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
+from ahi_ml.codec import crc32
 from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
-__all__ = ["CacheFolder", "CacheStats", "FolderState", "read_exactly"]
+__all__ = ["CacheFolder", "CacheStats", "FolderState"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_BYTES = 50 * 10**9
@@ -37,6 +39,7 @@ _LOOK_AFTER = 1 / 32  # of a share written by one process
 _ABOVE = 29 / 32  # of a share: two writers that have not looked yet, and what they write during a look, stay below it
 _DOWN_TO = 0.9
 _TOUCH_AFTER_S = 60.0
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(slots=True)
@@ -183,6 +186,49 @@ class CacheFolder:
         state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
         state.ready = True
 
+    def read_entry(self, name: str, reduce: int = 0) -> tuple[EncodedHeader, bytes] | None:
+        """Read an encoded entry, or the part of it that a resolution needs, and check every byte.
+
+        I/O: one file; a damaged one is deleted and counted. When the disk refuses, one warning.
+
+        Returns
+        -------
+        tuple of (EncodedHeader, bytes), or None
+            None when there is none, or none that has so much.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        path = self.place(name)
+        try:
+            if not self._state.get().private:
+                self.check_private()
+            descriptor = os.open(path, _READ)
+            try:
+                status = os.fstat(descriptor)
+                header = EncodedHeader.parse(os.read(descriptor, ENCODED_START))
+                if header is not None and status.st_size != ENCODED_START + header.length:
+                    header = None
+                part = header.part(reduce) if header else None
+                data = _read(descriptor, part[0]) if part else b""
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.disable(error)
+            return None
+        if header is None or (part and (len(data) != part[0] or crc32(data) != part[1])):
+            self.drop(path)
+            self.count(corrupt=1)
+            return None
+        if part is None:
+            return None
+        self.touch(path, status.st_mtime)
+        return header, data
+
     def write(self, name: str, header: bytes, payload: Buffer) -> bool:
         """Put an entry in its place, whole or not at all.
 
@@ -284,8 +330,8 @@ class CacheFolder:
             yield from found_in(folder)
 
 
-def read_exactly(descriptor: int, size: int) -> bytes:
-    """Read so many bytes, or all there are. I/O: reads; one call, unless the file system gives less."""
+def _read(descriptor: int, size: int) -> bytes:
+    """Read so many bytes, or all there are: in one call, unless the file system gives less."""
     data = os.read(descriptor, size)
     while data and len(data) < size and (more := os.read(descriptor, size - len(data))):
         data += more

@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ahi_ml.cache.derived import DerivedTier
+from ahi_ml.cache.derived import DerivedTier, ResultTier
 from ahi_ml.cache.entries import ENCODED_START, CacheEntry, EncodedHeader, is_whole, parse_encoded
 from ahi_ml.cache.eviction import PART, STALE_S, remove
 from ahi_ml.cache.flight import Flights
-from ahi_ml.cache.folder import CacheFolder, read_exactly
+from ahi_ml.cache.folder import CacheFolder
 from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.remote import RemoteTier
-from ahi_ml.codec import crc32
+from ahi_ml.cache.sealed import Cipher, SealedTier
 from ahi_ml.config import cache_places
+from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer, PathType
 
 __all__ = ["FrameCache"]
-
-_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 class FrameCache:
@@ -45,6 +44,9 @@ class FrameCache:
         the folder, written beside it in the background. Results derived from them stay local.
     remote_options : mapping, optional
         For its file system, as in ``fsspec.open``. They are pickled: leave credentials to the environment.
+    encrypt, decrypt : callable, optional
+        From bytes to bytes: around everything that is written, in the folder and in the remote tier; see `Cipher`.
+        Decoded results are then read at a fraction of the speed, lower resolutions from the whole frame.
 
     I/O: none until used.
 
@@ -56,7 +58,8 @@ class FrameCache:
     Raises
     ------
     ConfigError
-        A bound that is not positive, or a remote that is no URL. On first use: a URL nobody here can open.
+        A bound that is not positive, a remote that is no URL, one callable without the other. On first use: a URL
+        nobody here can open.
     """
 
     def __init__(
@@ -67,10 +70,15 @@ class FrameCache:
         private: bool = True,
         remote: str | None = None,
         remote_options: Mapping[str, Any] | None = None,
+        encrypt: Callable[[bytes], bytes] | None = None,
+        decrypt: Callable[[bytes], bytes] | None = None,
     ) -> None:
+        if (encrypt is None) != (decrypt is None):
+            raise ConfigError("encrypt and decrypt belong together: what one writes, the other reads")
         self.folder = folder
         self.max_bytes = max_bytes
         self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
+        self._cipher = Cipher(encrypt, decrypt) if encrypt is not None and decrypt is not None else None
         self.claims = Claims(self._folder)
         self._flights = PerProcess(partial(Flights, self.claims))
         self._remote = RemoteTier(remote, remote_options) if remote is not None else None
@@ -110,8 +118,10 @@ class FrameCache:
     def _path(self, datastore_id: str, frame_id: str) -> str:
         return self._folder.place(self.name(datastore_id, frame_id))
 
-    def derived(self, datastore_id: str, recipe: str) -> DerivedTier:
+    def derived(self, datastore_id: str, recipe: str) -> ResultTier:
         """Return the tier of results of one recipe; see `DerivedTier`. Made once a dataset. I/O: none."""
+        if self._cipher is not None:
+            return SealedTier(self._folder, self._cipher, datastore_id, recipe)
         return DerivedTier(self._folder, datastore_id, recipe)
 
     def get(self, datastore_id: str, frame_id: str, reduce: int = 0) -> CacheEntry | None:
@@ -133,49 +143,37 @@ class FrameCache:
         CacheError
             Others can look into the folder.
         """
-        folder = self._folder
-        state = folder.state()
         name = self.name(datastore_id, frame_id)
-        path = folder.place(name)
-        try:
-            if not state.private:
-                folder.check_private()
-            descriptor = os.open(path, _READ)
-            try:
-                status = os.fstat(descriptor)
-                header = EncodedHeader.parse(os.read(descriptor, ENCODED_START))
-                if header is not None and status.st_size != ENCODED_START + header.length:
-                    header = None
-                part = header.part(reduce) if header else None
-                data = read_exactly(descriptor, part[0]) if part else b""
-            finally:
-                os.close(descriptor)
-        except FileNotFoundError:
+        found = self._folder.read_entry(name, reduce)
+        entry = self._entry(*found) if found is not None else None
+        if entry is None:
             return self._from_remote(name, reduce)
-        except OSError as error:
-            folder.disable(error)
-            return self._from_remote(name, reduce)
-        if header is None or (part and (len(data) != part[0] or crc32(data) != part[1])):
-            folder.drop(path)
-            folder.count(corrupt=1)
-            return self._from_remote(name, reduce)
-        if part is None:  # of a lower resolution than asked for
-            return self._from_remote(name, reduce)
-        folder.touch(path, status.st_mtime)
+        state = self._folder.state()
         with state.lock:
             state.stats.hits += 1
-            state.stats.bytes += len(data)
-        return CacheEntry(data, header.verified, header.whole and len(data) == header.length)
+            state.stats.bytes += len(entry.data)
+        return entry
+
+    def _entry(self, header: EncodedHeader, data: Buffer) -> CacheEntry | None:
+        """What was kept; None for what is encrypted otherwise."""
+        if header.sealed != (self._cipher is not None):
+            return None
+        whole = header.whole and len(data) == header.length
+        if self._cipher is None:
+            return CacheEntry(data, header.verified, whole)
+        opened = self._cipher.open(data)
+        return None if opened is None else CacheEntry(opened, header.verified, whole)
 
     def _from_remote(self, name: str, reduce: int) -> CacheEntry | None:
         raw = self._remote.get(name) if self._remote is not None else None
         found = self._accept(name, raw) if raw is not None else None
         part = found[0].part(reduce) if found else None
-        if found is None or part is None:
+        entry = self._entry(found[0], found[1][: part[0]]) if found and part else None
+        if entry is None:
             self._folder.count(misses=1)
-            return None
-        self._folder.count(hits=1, remote_hits=1, bytes=part[0])
-        return CacheEntry(found[1][: part[0]], found[0].verified, part[0] == found[0].length)
+        else:
+            self._folder.count(hits=1, remote_hits=1, bytes=len(entry.data))
+        return entry
 
     def _accept(self, name: str, raw: bytes) -> tuple[EncodedHeader, memoryview] | None:
         """Check what the remote tier gave and keep it in the folder. Damaged, it is replaced by whoever fetches it."""
@@ -242,7 +240,13 @@ class FrameCache:
             Others can look into the folder.
         """
         name = self.name(datastore_id, frame_id)
-        header = EncodedHeader.of(data, verified=verified, whole=whole, prefixes=prefixes).pack()
+        if self._cipher is not None:
+            if not whole:
+                return  # which part of a frame it is, an encrypted entry does not tell
+            data = self._cipher.seal(data)
+            header = EncodedHeader.of(data, verified=verified, sealed=True).pack()
+        else:
+            header = EncodedHeader.of(data, verified=verified, whole=whole, prefixes=prefixes).pack()
         self._folder.write(name, header, data)
         if self._remote is not None and whole:
             self._remote.put(name, b"".join((header, data)))

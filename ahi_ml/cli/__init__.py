@@ -329,21 +329,16 @@ def fetch(
 
     Example: ahi-ml fetch my-store ct.arrow
     """
-    import numpy as np
-    from tqdm.auto import tqdm
+    from dataclasses import asdict
 
     from ahi_ml.index import DatasetIndex
-    from ahi_ml.reader import ReadOptions
 
     frames = DatasetIndex.load(path)
-    errors: list[BaseException] = []
     with _open(target, region, profile, endpoint_url, quiet) as store:
-        with tqdm(total=len(frames), unit="frame", desc="fetch", disable=True if quiet else None) as bar:
-            for rows in np.array_split(np.arange(len(frames)), max(len(frames) // 256, 1)):
-                batch = store.reader.submit(frames.sources(rows), ReadOptions(output="stored"), cache=store.cache)
-                errors += [each for each in batch.outcomes() if isinstance(each, BaseException)]
-                bar.update(len(rows))
-        counts = {**store.reader.stats(), "errors": len(errors)}
+        found = store.prefetch(frames)
+    errors = found.errors
+    counts = {name: count for name, count in asdict(found.stats).items() if not name.endswith("_s")}
+    counts["errors"] = len(errors)
     for error in errors[:20]:
         _say(str(error))
     _print(counts, as_json, lambda: ", ".join(f"{count:,} {name}" for name, count in counts.items()))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from ahi_ml.cache import DerivedTier, FrameCache, recipe
+from ahi_ml.cache import FrameCache, ResultTier, recipe
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
@@ -165,7 +165,7 @@ class FrameDataset(Dataset[Item]):
         self._read = self._skipped = 0
         self._settled = False
 
-    def _results(self) -> DerivedTier | None:
+    def _results(self) -> ResultTier | None:
         """Where results of this dataset's options are kept. I/O: connects, for a folder."""
         if self.cache is None:
             raise ConfigError("cache_decoded=True keeps images in the cache, and cache=None has none")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ahi_ml.cache import DerivedTier, FrameCache, fingerprint
+from ahi_ml.cache import FrameCache, ResultTier, fingerprint
 from ahi_ml.client import FrameTransport
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, UnsupportedTransferSyntaxError
@@ -67,7 +67,7 @@ class Reader:
         *,
         outs: Sequence[AnyArray] | None = None,
         cache: FrameCache | None = None,
-        derived: DerivedTier | None = None,
+        derived: ResultTier | None = None,
     ) -> Batch:
         """Start reading frames.
 
@@ -84,7 +84,7 @@ class Reader:
             One array a frame, ``profile.shape(output, reduce)`` and the result's dtype, to write into.
         cache : FrameCache, optional
             Looked into first and filled.
-        derived : DerivedTier, optional
+        derived : ResultTier, optional
             Of results of just these options; looked into before that and filled.
 
         Returns
@@ -197,7 +197,7 @@ class Reader:
         self._finish(task, array)
 
     def _from_derived(
-        self, batch: Batch, slots: list[int], derived: DerivedTier, cache: FrameCache | None, dropped: bool
+        self, batch: Batch, slots: list[int], derived: ResultTier, cache: FrameCache | None, dropped: bool
     ) -> None:
         keys: dict[int, str] = {}
         try:
@@ -212,7 +212,7 @@ class Reader:
         left = iter([Task(batch, slot, (derived, key)) for slot, key in keys.items()])
         self._each(left, self._fetch if cache is None else self._from_cache, cache, dropped)
 
-    def _read_derived(self, batch: Batch, keys: dict[int, str], derived: DerivedTier) -> dict[int, str]:
+    def _read_derived(self, batch: Batch, keys: dict[int, str], derived: ResultTier) -> dict[int, str]:
         """Read results, by slots; return those that there are none of."""
         started = perf_counter()
         outs = {slot: batch.out(slot) for slot in keys}

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ahi_ml.cache import DerivedTier, Flights
+from ahi_ml.cache import Flights, ResultTier
 from ahi_ml.client import Part
 from ahi_ml.index import FrameSource
 from ahi_ml.reader.making import Form
@@ -157,7 +157,7 @@ class Task:
 
     __slots__ = ("batch", "derived", "fetches", "flight", "options", "part", "slot", "source")
 
-    def __init__(self, batch: Batch, slot: int, derived: tuple[DerivedTier, str] | None = None) -> None:
+    def __init__(self, batch: Batch, slot: int, derived: tuple[ResultTier, str] | None = None) -> None:
         self.batch, self.slot = batch, slot
         self.source: FrameSource = batch.sources[slot]
         self.options = batch.options

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ahi_ml
+from ahi_ml.cache import FrameCache
 from ahi_ml.errors import ConfigError
 from ahi_ml.pixels import Window
 
@@ -201,3 +202,54 @@ def test_one_request_for_a_frame_wanted_by_many_processes(folder: Path, tmp_path
             worker.join(30)
     assert len(total) == n
     assert set(total.values()) == {1}
+
+
+class TestPrefetch:
+    def test_it_fills_the_cache_and_says_what_it_found(self, store: ahi_ml.DataStore) -> None:
+        index = store.search(primary=None).where(modality="CT").index()
+        store.cache.clear()
+        first = store.prefetch(index, progress=False)
+        assert (first.frames, first.stats.fetched, first.stats.verified, first.errors) == (
+            len(index),
+            len(index),
+            len(index),
+            (),
+        )
+        again = store.prefetch(index, progress=False)
+        assert (again.stats.fetched, again.stats.cached, again.stats.verified) == (0, len(index), len(index))
+        before = store.reader.stats()["fetched"]
+        assert len(list(ahi_ml.FrameDataset(store, index))) == len(index)
+        assert store.reader.stats()["fetched"] == before
+        assert f"{len(index)} frames" in repr(again)
+
+    def test_frames_that_cannot_be_read_are_told(self, store: ahi_ml.DataStore) -> None:
+        index = store.search(primary=None).where(modality="CT").index()
+        store.cache.clear()
+        transport = store.reader._transport
+        fetch, wrong = transport.fetch, index.sources([0])[0].frame_id
+
+        def failing(image_set_id: str, frame_id: str, part: Any = None) -> Any:
+            return fetch(image_set_id, "0" * 32 if frame_id == wrong else frame_id, part)
+
+        transport.fetch = failing  # type: ignore[method-assign]
+        try:
+            found = store.prefetch(index, progress=False)
+        finally:
+            transport.fetch = fetch  # type: ignore[method-assign]
+        assert [type(error).__name__ for error in found.errors] == ["NotFoundError"]
+        assert found.stats.fetched == len(index) - 1
+
+    def test_into_another_cache_encrypted(self, store: ahi_ml.DataStore, tmp_path: Path) -> None:
+        index = store.search(primary=None).where(modality="CT").index()
+        cache = FrameCache(tmp_path / "sealed", encrypt=_turned, decrypt=_turned)
+        store.prefetch(index, cache=cache, progress=False)
+        plain = ahi_ml.FrameDataset(store, index, cache=None)[0]["image"]
+        for options in ({}, {"cache_decoded": True}, {"cache_decoded": True}):
+            before = store.reader.stats()["fetched"]
+            item = ahi_ml.FrameDataset(store, index, cache=cache, **options)[0]
+            assert (item["image"] == plain).all()
+            assert store.reader.stats()["fetched"] == before
+
+
+def _turned(data: bytes) -> bytes:
+    return bytes(255 - each for each in data)

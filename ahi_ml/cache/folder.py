@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
-__all__ = ["CacheFolder", "CacheStats", "FolderState"]
+__all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_BYTES = 50 * 10**9
@@ -174,7 +175,10 @@ class CacheFolder:
         state = self._state.get()
         if state.ready:
             return
+        fresh = not self.path.exists()
         self.path.mkdir(mode=self._folder_mode, parents=True, exist_ok=True)
+        if fresh and self.private and os.name == "nt":
+            restrict_on_windows(self.path)
         self.check_private()
         os.makedirs(self._parts, mode=self._folder_mode, exist_ok=True)
         now = time.time()
@@ -328,6 +332,17 @@ class CacheFolder:
         """Yield whole entries and unfinished files, whose names end in `PART`. I/O: lists the folder."""
         for folder in [*self._folders(), self._parts]:
             yield from found_in(folder)
+
+
+def restrict_on_windows(path: Path) -> None:
+    """Let only this user into a new folder, where modes say nothing; as far as the system lets us.
+
+    I/O: runs ``icacls``.
+    """
+    grant = f"{os.environ.get('USERNAME', '')}:(OI)(CI)F"  # full access, inherited by files and folders inside
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["icacls", os.fspath(path), "/inheritance:r", "/grant:r", grant]
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
 
 
 def _read(descriptor: int, size: int) -> bytes:

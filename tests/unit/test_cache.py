@@ -143,6 +143,21 @@ class TestEntries:
         assert cache_folder(tmp_path / "argument") == tmp_path / "argument"
 
 
+def test_new_folders_on_windows_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ahi_ml.cache.folder import restrict_on_windows
+
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> None:
+        ran.append(command)
+        raise FileNotFoundError  # no such program here: never more than an effort
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("USERNAME", "somebody")
+    restrict_on_windows(tmp_path)
+    assert ran == [["icacls", str(tmp_path), "/inheritance:r", "/grant:r", "somebody:(OI)(CI)F"]]
+
+
 class TestPrefixes:
     """A lower resolution needs the first part of a frame, and reads no more."""
 

@@ -20,6 +20,13 @@ from ahi_ml.local.catalog import Datastore, FrameRow
 from ahi_ml.local.ingest import frames as pixel_data
 from ahi_ml.local.ingest.document import read_levels
 from ahi_ml.local.ingest.image_sets import Instance
+from ahi_ml.local.ingest.remarks import (
+    ELEMENTS_DISCARDED,
+    INVALID_UID_FORMAT,
+    INVALID_VALUE_LENGTH,
+    PixelFailure,
+    warning,
+)
 from ahi_ml.local.settings import Limits
 from ahi_ml.local.uris import InputFile
 
@@ -27,9 +34,6 @@ __all__ = ["Refusal", "read_instance"]
 
 _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-_DISCARDED = 0xB006
-_BAD_UID = 0xB201
-_BAD_LENGTH = 0xB202
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
     "PatientBirthDate": 18,
@@ -74,7 +78,7 @@ def read_instance(file: InputFile, store: Datastore, blobs: BlobStore, limits: L
         return Refusal(f"FILE_SIZE_LIMIT_EXCEEDED: the file has more than {limits.file_bytes} bytes")
     try:
         return _parse(file, store, blobs)
-    except (_FileFailure, pixel_data.PixelFailure) as failure:
+    except (_FileFailure, PixelFailure) as failure:
         return Refusal(str(failure))
     except _StoreFailure as failure:
         _LOG.exception("the frames of a file could not be stored")
@@ -133,15 +137,13 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
             raise _FileFailure(f"DICOM attribute {keyword} is longer than 256 characters")
     instance = Instance(file.key, levels.get("SOPInstanceUID"), levels, "", None, [], [])
     if levels.discarded:
-        instance.warnings.append(
-            _warning(_DISCARDED, "ElementsDiscarded", f"unreadable values: {', '.join(levels.discarded)}")
-        )
+        instance.warnings.append(warning(ELEMENTS_DISCARDED, f"unreadable values: {', '.join(levels.discarded)}"))
     bad = [keyword for keyword in _REQUIRED if set(levels.get(keyword)) - set("0123456789.")]
     if bad:
-        instance.warnings.append(_warning(_BAD_UID, "InvalidUIDFormat", f"not a UID: {', '.join(bad)}"))
+        instance.warnings.append(warning(INVALID_UID_FORMAT, f"not a UID: {', '.join(bad)}"))
     long = [keyword for keyword, most in _LONGEST.items() if len(str(levels.get(keyword) or "")) > most]
     if long:
-        instance.warnings.append(_warning(_BAD_LENGTH, "InvalidValueLength", f"too long a value: {', '.join(long)}"))
+        instance.warnings.append(warning(INVALID_VALUE_LENGTH, f"too long a value: {', '.join(long)}"))
     if pixel_data.has_pixels(dataset):
         _store_frames(dataset, uid, store, blobs, instance)
     return instance
@@ -153,7 +155,11 @@ def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: B
     content_type = SYNTAXES[instance.stored_syntax].content_type
     transcoded = instance.stored_syntax in pixel_data.STORED_SYNTAX.values()
     instance.checksum_type = "DECOMPRESSED" if transcoded else "COMPRESSED"
-    for frame in pixel_data.stored_frames(dataset, pixels, store.storage_format):
+
+    def remark(kind: tuple[int, str], text: str) -> None:
+        instance.warnings.append(warning(kind, text))
+
+    for frame in pixel_data.stored_frames(dataset, pixels, store.storage_format, remark):
         try:
             blob = blobs.put(frame.data)
         except OSError as error:
@@ -170,7 +176,3 @@ def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: B
             "FrameSizeInBytes": len(frame.data),
         }
         instance.frames.append(entry)
-
-
-def _warning(code: int, kind: str, text: str) -> Json:
-    return {"warning_reason_code": code, "type": kind, "message": text}

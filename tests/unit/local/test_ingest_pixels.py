@@ -1,0 +1,356 @@
+"""Odd and hostile pixel data, made by a seed: exact pixels, a warning with its code, or a reason."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+from pydicom.config import IGNORE
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    HTJ2K,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from ahi_ml import codec
+from ahi_ml.local.blobs import BlobStore
+from ahi_ml.local.catalog import Datastore
+from ahi_ml.local.ingest.frames import pixel_format
+from ahi_ml.local.ingest.image_sets import Instance
+from ahi_ml.local.ingest.instances import Refusal, read_instance
+from ahi_ml.local.settings import Limits
+from ahi_ml.local.uris import InputFile
+
+STORE = Datastore("0" * 32, "pixels", "ACTIVE", "HTJ2K", 0.0, 0.0)
+NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+Read = Callable[[Dataset], Instance | Refusal]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_pydicom() -> Iterator[None]:
+    """It remarks on odd values, which are the point here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pydicom")
+        yield
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs")
+
+
+@pytest.fixture
+def read(blobs: BlobStore) -> Read:
+    def read(dataset: Dataset | bytes) -> Instance | Refusal:
+        file = dataset if isinstance(dataset, bytes) else written(dataset)
+        return read_instance(InputFile("file.dcm", len(file), lambda: BytesIO(file)), STORE, blobs, Limits())
+
+    return read
+
+
+@pytest.fixture
+def pixels_of(blobs: BlobStore) -> Callable[[Instance, Dataset], np.ndarray]:
+    def pixels_of(instance: Instance, dataset: Dataset) -> np.ndarray:
+        """The frames as a reader gets them."""
+        described = pixel_format(dataset)
+        syntax = instance.stored_syntax
+        return np.stack([codec.decode(blobs.read(row.blob), syntax, described) for row in instance.rows])
+
+    return pixels_of
+
+
+def written(dataset: Dataset) -> bytes:
+    file = BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
+
+
+def random(shape: Sequence[int], bits: int = 16) -> np.ndarray:
+    made = np.random.default_rng(5).integers(0, 1 << bits, shape)
+    return made.astype("u1" if bits <= 8 else "u2")
+
+
+def image(shape: Sequence[int], syntax: str = ExplicitVRLittleEndian, *, bits: int = 16, samples: int = 1) -> Dataset:
+    """An instance of so many frames, rows and columns; its pixel data is yet to come."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    for number, keyword in enumerate(("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")):
+        setattr(dataset, keyword, f"1.2.826.0.1.3680043.10.7.{number}")
+    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = shape
+    dataset.SamplesPerPixel = samples
+    dataset.PhotometricInterpretation = "RGB" if samples == 3 else "MONOCHROME2"
+    if samples == 3:
+        dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated = dataset.BitsStored = bits
+    dataset.HighBit = bits - 1
+    dataset.PixelRepresentation = 0
+    return dataset
+
+
+def filled(dataset: Dataset, data: bytes, *, vr: str = "OW", undefined: bool = False) -> Dataset:
+    dataset.PixelData = data + b"\0" * (len(data) % 2)
+    dataset["PixelData"].VR = vr
+    dataset["PixelData"].is_undefined_length = undefined
+    return dataset
+
+
+def items(*fragments: bytes, table: Sequence[int] = ()) -> bytes:
+    """Fragments as they are encapsulated, behind a Basic Offset Table."""
+    first = struct.pack(f"<{len(table)}I", *table)
+    return b"".join(b"\xfe\xff\x00\xe0" + struct.pack("<I", len(item)) + item for item in (first, *fragments))
+
+
+def even(stream: bytes) -> bytes:
+    return stream + b"\0" * (len(stream) % 2)
+
+
+def rle(frame: np.ndarray) -> bytes:
+    planes = frame.astype(">u2").tobytes()
+    segments = []
+    for byte in range(2):
+        runs = (planes[byte::2][at : at + 128] for at in range(0, frame.size, 128))
+        segments.append(even(b"".join(bytes([len(run) - 1]) + run for run in runs)))
+    return struct.pack("<16I", 2, 64, 64 + len(segments[0]), *[0] * 13) + b"".join(segments)
+
+
+ENCODERS = {
+    RLELossless: rle,
+    JPEG2000Lossless: lambda frame: imagecodecs.jpeg2k_encode(frame, reversible=True, codecformat="J2K"),
+    HTJ2K: lambda frame: imagecodecs.htj2k_encode(frame, reversible=True),
+    JPEGLSLossless: imagecodecs.jpegls_encode,
+    JPEGLosslessSV1: imagecodecs.ljpeg_encode,
+}
+
+
+def codes(instance: Instance | Refusal) -> list[int]:
+    assert isinstance(instance, Instance), instance
+    return [warning["warning_reason_code"] for warning in instance.warnings]
+
+
+def reason(refusal: Instance | Refusal) -> str:
+    assert isinstance(refusal, Refusal)
+    assert not refusal.server
+    return refusal.reason
+
+
+@pytest.mark.parametrize("syntax", NATIVE)
+class TestNative:
+    @pytest.mark.parametrize("shape", [(4, 3, 5), (9, 7, 7), (3, 1, 1), (2, 8, 8)])
+    def test_single_bits_whose_frames_begin_within_bytes(
+        self, syntax: str, shape: tuple[int, int, int], read: Read, pixels_of: Any
+    ) -> None:
+        mask = random(shape, 1)
+        dataset = filled(image(shape, syntax, bits=1), np.packbits(mask.ravel(), bitorder="little").tobytes(), vr="OB")
+        instance = read(dataset)
+        assert codes(instance) == []
+        assert np.array_equal(pixels_of(instance, dataset), mask)
+
+    def test_frames_of_subsampled_colour(self, syntax: str, read: Read, pixels_of: Any) -> None:
+        pairs = random((2, 4, 3, 4), 8)  # two luminances, two colour differences
+        whole = np.stack([pairs[..., [0, 2, 3]], pairs[..., [1, 2, 3]]], axis=3).reshape(2, 4, 6, 3)
+        dataset = filled(image((2, 4, 6), syntax, bits=8, samples=3), pairs.tobytes(), vr="OB")
+        dataset.PhotometricInterpretation = "YBR_FULL_422"
+        instance = read(dataset)
+        assert codes(instance) == []
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_colour_that_is_not_subsampled_as_it_says(self, syntax: str, read: Read, pixels_of: Any) -> None:
+        whole = random((2, 4, 6, 3), 8)
+        dataset = filled(image((2, 4, 6), syntax, bits=8, samples=3), whole.tobytes(), vr="OB")
+        dataset.PhotometricInterpretation = "YBR_FULL_422"
+        assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
+    @pytest.mark.parametrize("planar", [0, 1])
+    def test_planes(self, syntax: str, planar: int, read: Read, pixels_of: Any) -> None:
+        whole = random((2, 5, 7, 3))
+        layout = whole.transpose(0, 3, 1, 2) if planar else whole
+        order = ">u2" if syntax == ExplicitVRBigEndian else "<u2"
+        dataset = filled(image((2, 5, 7), syntax, samples=3), layout.astype(order).tobytes())
+        dataset.PlanarConfiguration = planar
+        assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
+
+class TestNativeOddities:
+    def test_big_endian_bytes_in_words(self, read: Read, pixels_of: Any) -> None:
+        whole = random((2, 3, 5), 8)
+        dataset = filled(image((2, 3, 5), ExplicitVRBigEndian, bits=8), whole.ravel().view("u2").byteswap().tobytes())
+        assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
+    @pytest.mark.parametrize("name", ["XYB", "MADE UP", "monochrome2"])
+    def test_colour_spaces_that_nobody_knows(self, name: str, read: Read, pixels_of: Any) -> None:
+        whole = random((1, 4, 6))
+        dataset = filled(image(whole.shape), whole.tobytes())
+        dataset["PhotometricInterpretation"] = DataElement(0x00280004, "CS", name, validation_mode=IGNORE)
+        assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
+    def test_more_frames_than_it_says(self, read: Read, pixels_of: Any) -> None:
+        whole = random((3, 4, 6))
+        dataset = filled(image((2, 4, 6)), whole.tobytes())
+        instance = read(dataset)
+        assert codes(instance) == [0xB111]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_bytes_behind_the_last_frame(self, read: Read, pixels_of: Any) -> None:
+        whole = random((2, 4, 6))
+        dataset = filled(image((2, 4, 6)), whole.tobytes() + bytes(100))
+        instance = read(dataset)
+        assert codes(instance) == [0xB006]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_fewer_frames_than_it_says(self, read: Read) -> None:
+        dataset = filled(image((4, 4, 6)), random((3, 4, 6)).tobytes())
+        assert reason(read(dataset)) == "the pixel data ends after 144 bytes, but its 4 frames take 192"
+
+    def test_encapsulated_pixel_data_is_not_taken_for_pixels(self, read: Read) -> None:
+        dataset = filled(image((1, 8, 8), RLELossless), items(rle(random((8, 8)))), vr="OB", undefined=True)
+        lying = written(dataset).replace(RLELossless.encode(), ExplicitVRLittleEndian.encode())  # as long
+        assert "is encapsulated" in reason(read(lying))
+
+    @pytest.mark.parametrize(("shift", "taken"), [(0, True), (4, False)])
+    def test_high_bit(self, shift: int, taken: bool, read: Read, pixels_of: Any) -> None:
+        whole = random((1, 4, 6), 12)
+        dataset = filled(image((1, 4, 6)), (whole << shift).tobytes())
+        dataset.BitsStored, dataset.HighBit = 12, 15
+        found = read(dataset)
+        if taken:
+            assert np.array_equal(pixels_of(found, dataset), whole)
+        else:
+            assert "HighBit is 15" in reason(found)
+
+    @pytest.mark.parametrize(
+        ("keyword", "value", "words"),
+        [
+            ("PixelRepresentation", None, "DICOM attribute PixelRepresentation does not exist"),
+            ("PixelRepresentation", 2, "PixelRepresentation is 2"),
+            ("PlanarConfiguration", None, "DICOM attribute PlanarConfiguration does not exist"),
+            ("PlanarConfiguration", 5, "PlanarConfiguration is neither 0 nor 1"),
+        ],
+    )
+    def test_attributes_that_no_one_may_guess(self, keyword: str, value: int | None, words: str, read: Read) -> None:
+        dataset = filled(image((1, 4, 6), samples=3), random((1, 4, 6, 3)).tobytes())
+        setattr(dataset, keyword, value)
+        assert words in reason(read(dataset))
+
+
+@pytest.mark.parametrize("syntax", ENCODERS)
+class TestFragments:
+    SHAPE = (3, 19, 23)
+
+    def streams(self, syntax: str) -> tuple[np.ndarray, list[bytes]]:
+        whole = random(self.SHAPE)
+        return whole, [even(ENCODERS[syntax](frame)) for frame in whole]
+
+    @pytest.mark.parametrize(
+        ("change", "warned"),
+        [
+            (lambda right: right, False),
+            (lambda right: [], False),
+            (lambda right: [0] * 3, True),
+            (lambda right: [offset + 1 for offset in right], True),
+            (lambda right: right[::-1], True),
+            (lambda right: right[:2], True),
+            (lambda right: [*right, 2**31], True),
+            (lambda right: [0, 2**32 - 1, 2**32 - 8], True),
+            (lambda right: [offset + 500 for offset in right], True),
+        ],
+    )
+    def test_offset_tables(self, syntax: str, change: Any, warned: bool, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        right = [0, *itertools.accumulate(len(stream) + 8 for stream in streams[:2])]
+        data = items(*streams, table=change(right))
+        dataset = filled(image(self.SHAPE, syntax), data, vr="OB", undefined=True)
+        instance = read(dataset)
+        assert codes(instance) == ([0xB112] if warned else [])
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    @pytest.mark.parametrize("table", [struct.pack("<3Q", 0, 1, 2), struct.pack("<2Q", 0, 1000), b"odd"])
+    def test_extended_offset_tables(self, syntax: str, table: bytes, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        dataset = filled(image(self.SHAPE, syntax), items(*streams), vr="OB", undefined=True)
+        dataset.ExtendedOffsetTable = dataset.ExtendedOffsetTableLengths = table
+        instance = read(dataset)
+        assert codes(instance) == [0xB112]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_frames_in_pieces(self, syntax: str, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        pieces = [piece for stream in streams for piece in (stream[:200], b"", stream[200:])]
+        dataset = filled(image(self.SHAPE, syntax), items(*pieces), vr="OB", undefined=True)
+        instance = read(dataset)
+        assert codes(instance) == []
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    @pytest.mark.parametrize("said", [1, 2])
+    def test_more_frames_than_it_says(self, syntax: str, said: int, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        dataset = filled(image((said, *self.SHAPE[1:]), syntax), items(*streams), vr="OB", undefined=True)
+        instance = read(dataset)
+        assert codes(instance) == [0xB111]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_fewer_frames_than_it_says(self, syntax: str, read: Read) -> None:
+        _, streams = self.streams(syntax)
+        dataset = filled(image((4, *self.SHAPE[1:]), syntax), items(*streams), vr="OB", undefined=True)
+        assert reason(read(dataset)) == "NumberOfFrames is 4, but the pixel data holds 3 frames"
+
+    def test_a_stream_that_is_cut_short(self, syntax: str, read: Read) -> None:
+        _, streams = self.streams(syntax)
+        streams[1] = streams[1][: len(streams[1]) // 4 * 2]
+        dataset = filled(image(self.SHAPE, syntax), items(*streams), vr="OB", undefined=True)
+        assert reason(read(dataset)).startswith("frame 2 of 3 cannot be read: ")
+
+    def test_a_table_that_was_left_out(self, syntax: str, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        dataset = filled(image(self.SHAPE, syntax), items(*streams)[8:], vr="OB", undefined=True)
+        instance = read(dataset)
+        assert codes(instance) == [0xB112]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
+    def test_no_fragments(self, syntax: str, read: Read) -> None:
+        dataset = filled(image((1, 19, 23), syntax), items(), vr="OB", undefined=True)
+        assert reason(read(dataset)) == "the pixel data holds no fragments"
+
+
+class TestHostile:
+    def test_a_jpeg_that_is_cut_short(self, read: Read) -> None:
+        stream = even(imagecodecs.jpeg8_encode(random((64, 64), 8))[:-400])
+        dataset = filled(image((1, 64, 64), JPEGBaseline8Bit, bits=8), items(stream), vr="OB", undefined=True)
+        assert "ends without its end marker" in reason(read(dataset))
+
+    def test_a_small_stream_of_a_huge_image(self, read: Read) -> None:
+        stream = bytearray(imagecodecs.jpeg8_encode(np.zeros((64, 64), np.uint8)))
+        at = stream.index(b"\xff\xc0")
+        stream[at + 5 : at + 9] = struct.pack(">HH", 30_000, 30_000)
+        data = items(even(bytes(stream)))
+        dataset = filled(image((1, 30_000, 30_000), JPEGBaseline8Bit, bits=8), data, vr="OB", undefined=True)
+        assert "is taken for an attack" in reason(read(dataset))
+
+    def test_native_pixel_data_is_not_taken_for_fragments(self, read: Read) -> None:
+        dataset = filled(image((1, 8, 8)), random((1, 8, 8)).tobytes())
+        lying = written(dataset).replace(ExplicitVRLittleEndian.encode(), RLELossless.encode())
+        assert "is not in fragments" in reason(read(lying))
+
+    def test_a_video_without_a_stream(self, read: Read) -> None:
+        syntax = "1.2.840.10008.1.2.4.102"
+        dataset = filled(image((30, 480, 640), syntax, bits=8, samples=3), items(), vr="OB", undefined=True)
+        assert reason(read(dataset)) == "the pixel data holds no video stream"

@@ -19,6 +19,7 @@ from ahi_ml import codec
 from ahi_ml.codec import PixelFormat, jpeg2000, progressive
 from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, J2K_LOSSLESS, SYNTAXES, describe
 from ahi_ml.errors import DecodeError
+from ahi_ml.local.ingest.bombs import refuse_huge_frames
 from ahi_ml.local.ingest.fragments import encoded_frames, video_stream
 from ahi_ml.local.ingest.native import native_frames
 from ahi_ml.local.ingest.remarks import PixelFailure, Remark
@@ -31,9 +32,6 @@ STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLES
 
 _LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
-_LARGE_FRAME = 2**28  # decoded bytes; up to here an image may be as blank as it likes
-_LARGE_INSTANCE = 2**34
-_MOST_RATIO = 1_000
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
@@ -151,7 +149,7 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str, re
     if known.codec == "video":
         stored = (StoredFrame(data, codec.crc32(data), None, None) for data in [video_stream(dataset)])
     elif known.encapsulated:
-        _refuse_bombs(pixels, count, len(dataset.PixelData or b""))
+        refuse_huge_frames(pixels, count, len(dataset.PixelData or b""))
         encoded = encoded_frames(dataset, pixels, count, remark)
         if known.kept:
             stored = (_keep(data, uid, pixels) for data in encoded)
@@ -175,16 +173,6 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str, re
         # Decoders raise many kinds of errors over hostile pixel data, and each is the file's fault.
         _LOG.debug("a frame could not be read", exc_info=True)
         raise PixelFailure(f"frame {number + 1} of {count} cannot be read: {_reason(error)}") from error
-
-
-def _refuse_bombs(pixels: PixelFormat, count: int, size: int) -> None:
-    """Refuse what would decode to far more than was sent: images of a size that only blank ones have."""
-    large = pixels.nbytes > _LARGE_FRAME or pixels.nbytes * count > _LARGE_INSTANCE
-    if large and pixels.nbytes * count > _MOST_RATIO * size:
-        raise PixelFailure(
-            f"{count} {'frame' if count == 1 else 'frames'} of {pixels.nbytes} bytes in {size} encoded bytes: "
-            f"more than {_MOST_RATIO} times as much is taken for an attack"
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pydicom
 from pydicom.config import IGNORE
+from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
@@ -18,13 +19,15 @@ from ahi_ml.codec.syntaxes import SYNTAXES
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Datastore, FrameRow
 from ahi_ml.local.ingest import frames as pixel_data
+from ahi_ml.local.ingest.bombs import refuse_huge_inflation
 from ahi_ml.local.ingest.document import read_levels
 from ahi_ml.local.ingest.image_sets import Instance
 from ahi_ml.local.ingest.remarks import (
     ELEMENTS_DISCARDED,
     INVALID_UID_FORMAT,
     INVALID_VALUE_LENGTH,
-    PixelFailure,
+    MISMATCH,
+    FileFailure,
     warning,
 )
 from ahi_ml.local.settings import Limits
@@ -34,6 +37,8 @@ __all__ = ["Refusal", "read_instance"]
 
 _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # leading zeros are let pass, as the service does
+_UNDEFINED = 0xFFFFFFFF
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
     "PatientBirthDate": 18,
@@ -61,10 +66,6 @@ class Refusal:
     server: bool = False
 
 
-class _FileFailure(Exception):
-    """The file fails; the text goes into its line of ``failure.ndjson``."""
-
-
 class _StoreFailure(Exception):
     """The store cannot keep the frames."""
 
@@ -78,7 +79,7 @@ def read_instance(file: InputFile, store: Datastore, blobs: BlobStore, limits: L
         return Refusal(f"FILE_SIZE_LIMIT_EXCEEDED: the file has more than {limits.file_bytes} bytes")
     try:
         return _parse(file, store, blobs)
-    except (_FileFailure, PixelFailure) as failure:
+    except FileFailure as failure:
         return Refusal(str(failure))
     except _StoreFailure as failure:
         _LOG.exception("the frames of a file could not be stored")
@@ -114,31 +115,33 @@ def _why(error: Exception) -> str:
 def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     try:
         with file.open() as stream:
+            refuse_huge_inflation(stream, file.size)
             dataset = pydicom.dcmread(stream)
     except InvalidDicomError:
-        raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
+        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
     except OSError as error:
-        raise _FileFailure(f"the file cannot be read: {error.strerror or error}") from None
+        raise FileFailure(f"the file cannot be read: {error.strerror or error}") from None
     uid = str(getattr(dataset.file_meta, "TransferSyntaxUID", "") or "")
     if not uid:
-        raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist")
+        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
-        raise _FileFailure(f"transfer syntax {_name(uid)} is not supported")
+        raise FileFailure(f"transfer syntax {_name(uid)} is not supported")
     if not len(dataset):
-        raise _FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
+        raise FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
     try:
         levels = read_levels(dataset)
     except ValueError as error:  # its text names no value
-        raise _FileFailure(f"DICOM attributes cannot be read: {error}") from error
+        raise FileFailure(f"DICOM attributes cannot be read: {error}") from error
     for keyword in _REQUIRED:
-        if not isinstance(levels.get(keyword), str):
-            raise _FileFailure(f"DICOM attribute {keyword} does not exist")
+        if not isinstance(value := levels.get(keyword), str):
+            several = isinstance(value, list) and len(value) > 1
+            raise FileFailure(f"DICOM attribute {keyword} {'has several values' if several else 'does not exist'}")
         if len(levels.get(keyword)) > 256:
-            raise _FileFailure(f"DICOM attribute {keyword} is longer than 256 characters")
+            raise FileFailure(f"DICOM attribute {keyword} is longer than 256 characters")
     instance = Instance(file.key, levels.get("SOPInstanceUID"), levels, "", None, [], [])
     if levels.discarded:
         instance.warnings.append(warning(ELEMENTS_DISCARDED, f"unreadable values: {', '.join(levels.discarded)}"))
-    bad = [keyword for keyword in _REQUIRED if set(levels.get(keyword)) - set("0123456789.")]
+    bad = [keyword for keyword in _REQUIRED if not _UID.fullmatch(levels.get(keyword))]
     if bad:
         instance.warnings.append(warning(INVALID_UID_FORMAT, f"not a UID: {', '.join(bad)}"))
     long = [keyword for keyword, most in _LONGEST.items() if len(str(levels.get(keyword) or "")) > most]
@@ -146,7 +149,19 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
         instance.warnings.append(warning(INVALID_VALUE_LENGTH, f"too long a value: {', '.join(long)}"))
     if pixel_data.has_pixels(dataset):
         _store_frames(dataset, uid, store, blobs, instance)
+    elif _is_cut(dataset):
+        raise FileFailure("DICOM attributes cannot be read: the file ends inside one of them")
+    elif "Rows" in dataset and "PixelDataProviderURL" not in dataset:
+        instance.warnings.append(warning(MISMATCH, "Rows without pixel data: the file may be cut short"))
     return instance
+
+
+def _is_cut(dataset: pydicom.Dataset) -> bool:
+    """Whether the file ends within a value; pydicom gives the bytes that are there."""
+    *_, last = dataset.values()
+    if not isinstance(last, RawDataElement) or not isinstance(last.value, bytes):
+        return False
+    return len(last.value) < last.length < _UNDEFINED
 
 
 def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: BlobStore, instance: Instance) -> None:

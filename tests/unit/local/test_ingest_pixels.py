@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -354,3 +355,46 @@ class TestHostile:
         syntax = "1.2.840.10008.1.2.4.102"
         dataset = filled(image((30, 480, 640), syntax, bits=8, samples=3), items(), vr="OB", undefined=True)
         assert reason(read(dataset)) == "the pixel data holds no video stream"
+
+    def test_a_deflated_data_set_that_inflates_without_end(self, read: Read) -> None:
+        deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+        head = written(image((1, 1, 1), DeflatedExplicitVRLittleEndian))[: 132 + 12 + 4 + 200]
+        zeros = deflater.compress(bytes(2**20)) + deflater.flush(zlib.Z_FULL_FLUSH)
+        (length,) = struct.unpack_from("<I", head, 140)
+        found = read(head[: 144 + length] + zeros * 300)
+        assert "is taken for an attack" in reason(found)
+
+
+class TestCutFiles:
+    """A file that ends too early is no instance without pixels."""
+
+    @pytest.fixture
+    def whole(self) -> Dataset:
+        dataset = filled(image((1, 4, 6)), random((1, 4, 6)).tobytes())
+        dataset.SeriesDescription = "described"
+        return dataset
+
+    def test_within_a_value(self, whole: Dataset, read: Read) -> None:
+        file = written(whole)
+        assert reason(read(file[: file.index(b"MONOCHROME2") + 4])).endswith("the file ends inside one of them")
+
+    def test_before_the_pixel_data(self, whole: Dataset, read: Read) -> None:
+        file = written(whole)
+        assert codes(read(file[: file.index(b"\xe0\x7f\x10\0")])) == [0xB007]
+
+    def test_items_outside_of_sequences_are_not_the_end(self, whole: Dataset, read: Read) -> None:
+        del whole.PixelData, whole.Rows
+        assert codes(read(written(whole) + b"\xfe\xff\0\xe0" + bytes(4))) == []
+
+
+class TestUids:
+    @pytest.mark.parametrize("uid", ["1..2", ".1.2", "1.2.", "../../x", "1.2x"])
+    def test_what_is_none_is_told(self, uid: str, read: Read) -> None:
+        file = written(filled(image((1, 4, 6)), random((1, 4, 6)).tobytes()))
+        old = b"UI\x1a\0" + b"1.2.826.0.1.3680043.10.7.1"
+        assert codes(read(file.replace(old, b"UI\x1a\0" + uid.encode().ljust(26, b"\0")))) == [0xB201]
+
+    def test_several_are_none(self, read: Read) -> None:
+        file = written(filled(image((1, 4, 6)), random((1, 4, 6)).tobytes()))
+        file = file.replace(b"1.2.826.0.1.3680043.10.7.1", b"1.2.826.0.1\\3680043.10.7.1")
+        assert reason(read(file)) == "DICOM attribute SeriesInstanceUID has several values"

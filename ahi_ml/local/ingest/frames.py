@@ -195,13 +195,15 @@ def _frame_count(dataset: Dataset) -> int:
 
 
 def _decode(data: bytes, uid: str, pixels: PixelFormat) -> AnyArray:
-    """Decode a frame as received; refuse what its decoder would not notice to be cut short."""
+    """Decode a frame as received; refuse damage that its decoder would not notice."""
     family = SYNTAXES[uid].codec
-    if family == "htj2k":
-        progressive.check_complete(data, jpeg2000.inspect(data))
-    elif family == "jpeg" and data.rfind(_JPEG_END) < data.rfind(_JPEG_SCAN):  # neither is in coded data: T.81 B.1.1.5
+    if family == "jpeg" and data.rfind(_JPEG_END) < data.rfind(_JPEG_SCAN):  # neither is in coded data: T.81 B.1.1.5
         raise DecodeError(f"a JPEG stream of {len(data)} bytes ends without its end marker (EOI)")
-    return codec.decode(data, uid, pixels)
+    image = codec.decode(data, uid, pixels)
+    if family == "htj2k" and (info := jpeg2000.inspect(data)).high_throughput:
+        progressive.check_complete(data, info)
+        jpeg2000.confirm(data, info, image)
+    return image
 
 
 def _keep(data: bytes, uid: str, pixels: PixelFormat) -> StoredFrame:

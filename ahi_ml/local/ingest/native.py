@@ -97,7 +97,7 @@ def _held(size: int, bits: int, count: int, remark: Remark) -> int:
     if held > count and size - -(-bits * held // 8) <= 1:
         remark(FRAME_NUMBER_MISMATCH, f"NumberOfFrames is {count}, the pixel data holds {held}: all were imported")
         return held
-    remark(ELEMENTS_DISCARDED, f"{size - needed} bytes behind the last frame of the pixel data")
+    remark(ELEMENTS_DISCARDED, f"{size - needed} bytes behind the last frame of the pixel data were left out")
     return count
 
 

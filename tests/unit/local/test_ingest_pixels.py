@@ -333,6 +333,16 @@ class TestFragments:
 
 
 class TestHostile:
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # OpenJPH's own
+    @pytest.mark.parametrize("at", [400, 1450, 2800])
+    def test_a_high_throughput_stream_with_a_wrong_byte(self, at: int, read: Read) -> None:
+        rows, columns = np.mgrid[:64, :64]
+        smooth = (np.sin(rows / 9) * 500 + columns + 1000 + random((64, 64), 4)).astype("u2")
+        stream = bytearray(even(imagecodecs.htj2k_encode(smooth, reversible=True)))
+        stream[at] ^= 0x5A
+        dataset = filled(image((1, 64, 64), HTJ2K), items(bytes(stream)), vr="OB", undefined=True)
+        assert "a damaged HTJ2K stream" in reason(read(dataset))
+
     def test_a_jpeg_that_is_cut_short(self, read: Read) -> None:
         stream = even(imagecodecs.jpeg8_encode(random((64, 64), 8))[:-400])
         dataset = filled(image((1, 64, 64), JPEGBaseline8Bit, bits=8), items(stream), vr="OB", undefined=True)

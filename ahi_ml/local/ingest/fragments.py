@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 
 from ahi_ml.codec import PixelFormat
 from ahi_ml.codec.syntaxes import SYNTAXES
+from ahi_ml.local.ingest.bombs import refuse_huge_frames
 from ahi_ml.local.ingest.remarks import FRAME_NUMBER_MISMATCH, INVALID_OFFSET_TABLE, PixelFailure, Remark
 
 __all__ = ["encoded_frames", "video_stream"]
@@ -48,8 +49,9 @@ def encoded_frames(dataset: Dataset, pixels: PixelFormat, count: int, remark: Re
     Raises
     ------
     PixelFailure
-        There are fewer frames than `count`, or nothing tells where they begin.
+        There are fewer frames than `count`, nothing tells where they begin, or they would be huge.
     """
+    refuse_huge_frames(pixels, count, len(dataset.PixelData or b""))
     table, fragments = _fragments(dataset)
     beginnings = _beginnings(str(dataset.file_meta.TransferSyntaxUID), pixels)
     if table.startswith(beginnings):  # no offset table at all, not even an empty one

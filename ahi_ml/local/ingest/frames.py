@@ -19,10 +19,9 @@ from ahi_ml import codec
 from ahi_ml.codec import PixelFormat, jpeg2000, progressive
 from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, J2K_LOSSLESS, SYNTAXES, describe
 from ahi_ml.errors import DecodeError
-from ahi_ml.local.ingest.bombs import refuse_huge_frames
 from ahi_ml.local.ingest.fragments import encoded_frames, video_stream
 from ahi_ml.local.ingest.native import native_frames
-from ahi_ml.local.ingest.remarks import PixelFailure, Remark
+from ahi_ml.local.ingest.remarks import FRAME_NUMBER_MISMATCH, PixelFailure, Remark
 from ahi_ml.types import AnyArray
 
 __all__ = ["STORED_SYNTAX", "StoredFrame", "has_pixels", "pixel_format", "stored_frames", "stored_syntax"]
@@ -141,22 +140,21 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str, re
         A frame cannot be read or stored; the text says which and why.
     """
     uid = str(dataset.file_meta.TransferSyntaxUID)
-    count = _frame_count(dataset)
+    count = _frame_count(dataset, remark)
     if 0x7FE00008 in dataset or 0x7FE00009 in dataset:
         raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
     known = SYNTAXES[uid]
     stored: Iterator[StoredFrame]
     if known.codec == "video":
         stored = (StoredFrame(data, codec.crc32(data), None, None) for data in [video_stream(dataset)])
-    elif known.encapsulated:
-        refuse_huge_frames(pixels, count, len(dataset.PixelData or b""))
-        encoded = encoded_frames(dataset, pixels, count, remark)
-        if known.kept:
-            stored = (_keep(data, uid, pixels) for data in encoded)
-        else:
-            stored = (_transcode(_decode(data, uid, pixels), storage_format, pixels) for data in encoded)
+    elif known.kept:
+        stored = (_keep(data, uid, pixels) for data in encoded_frames(dataset, pixels, count, remark))
     else:
-        images = native_frames(dataset, pixels, count, remark)
+        images = (
+            (_decode(data, uid, pixels) for data in encoded_frames(dataset, pixels, count, remark))
+            if known.encapsulated
+            else native_frames(dataset, pixels, count, remark)
+        )
         if pixels.bits_allocated == 1:
             stored = (_pack(image) for image in images)
         else:
@@ -183,15 +181,17 @@ def _reason(error: Exception) -> str:
     return (text[:297] + "...") if len(text) > 300 else text
 
 
-def _frame_count(dataset: Dataset) -> int:
+def _frame_count(dataset: Dataset, remark: Remark) -> int:
     value: Any = dataset.get("NumberOfFrames")
     try:
         count = 1 if value in (None, "") else int(value)
     except (TypeError, ValueError) as error:
         raise PixelFailure("DICOM attribute NumberOfFrames is not a number") from error
-    if count < 1:
+    if count < 0:
         raise PixelFailure(f"NumberOfFrames is {count}")
-    return count
+    if count == 0:
+        remark(FRAME_NUMBER_MISMATCH, "NumberOfFrames is 0, taken for 1")
+    return max(count, 1)
 
 
 def _decode(data: bytes, uid: str, pixels: PixelFormat) -> AnyArray:

@@ -218,6 +218,14 @@ class TestNativeOddities:
         assert codes(instance) == [0xB006]
         assert np.array_equal(pixels_of(instance, dataset), whole)
 
+    @pytest.mark.parametrize("held", [1, 2])
+    def test_no_frames_is_not_what_it_means(self, held: int, read: Read, pixels_of: Any) -> None:
+        whole = random((held, 4, 6))
+        dataset = filled(image((0, 4, 6)), whole.tobytes())
+        instance = read(dataset)
+        assert set(codes(instance)) == {0xB111}
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+
     def test_fewer_frames_than_it_says(self, read: Read) -> None:
         dataset = filled(image((4, 4, 6)), random((3, 4, 6)).tobytes())
         assert reason(read(dataset)) == "the pixel data ends after 144 bytes, but its 4 frames take 192"
@@ -330,6 +338,17 @@ class TestFragments:
     def test_no_fragments(self, syntax: str, read: Read) -> None:
         dataset = filled(image((1, 19, 23), syntax), items(), vr="OB", undefined=True)
         assert reason(read(dataset)) == "the pixel data holds no fragments"
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 5), (2, 9, 5)])
+def test_encoded_single_bits_are_packed(shape: tuple[int, int, int], read: Read, pixels_of: Any) -> None:
+    mask = random(shape, 1)
+    streams = [even(imagecodecs.jpeg2k_encode(frame, reversible=True, codecformat="J2K")) for frame in mask]
+    dataset = filled(image(shape, JPEG2000Lossless, bits=1), items(*streams), vr="OB", undefined=True)
+    instance = read(dataset)
+    assert isinstance(instance, Instance)
+    assert instance.stored_syntax == ExplicitVRLittleEndian
+    assert np.array_equal(pixels_of(instance, dataset), mask)
 
 
 class TestHostile:

@@ -340,6 +340,17 @@ class TestFragments:
         assert reason(read(dataset)) == "the pixel data holds no fragments"
 
 
+@pytest.mark.parametrize("padding", [b"\0\0", b"\0" * 6, b"\x05padding"])
+def test_padding_behind_run_length_segments(padding: bytes, read: Read, pixels_of: Any) -> None:
+    whole = random((2, 19, 23))
+    dataset = filled(
+        image(whole.shape, RLELossless), items(*(rle(frame) + padding for frame in whole)), vr="OB", undefined=True
+    )
+    instance = read(dataset)
+    assert codes(instance) == []
+    assert np.array_equal(pixels_of(instance, dataset), whole)
+
+
 @pytest.mark.parametrize("shape", [(1, 9, 5), (2, 9, 5)])
 def test_encoded_single_bits_are_packed(shape: tuple[int, int, int], read: Read, pixels_of: Any) -> None:
     mask = random(shape, 1)

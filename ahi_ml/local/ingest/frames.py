@@ -32,7 +32,8 @@ STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLES
 _LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
-_PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_FLOAT_TAGS = (0x7FE00008, 0x7FE00009)
+_PIXEL_TAGS = (*_FLOAT_TAGS, 0x7FE00010)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,11 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
     Raises
     ------
     PixelFailure
-        One is missing or cannot be; the text names it.
+        One is missing or cannot be, the text names it; or the pixels are floating-point numbers.
     """
+
+    if any(tag in dataset for tag in _FLOAT_TAGS):
+        raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
 
     def number(keyword: str, default: int | None = None) -> int:
         try:
@@ -141,8 +145,6 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str, re
     """
     uid = str(dataset.file_meta.TransferSyntaxUID)
     count = _frame_count(dataset, remark)
-    if 0x7FE00008 in dataset or 0x7FE00009 in dataset:
-        raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
     known = SYNTAXES[uid]
     stored: Iterator[StoredFrame]
     if known.codec == "video":

@@ -7,7 +7,8 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from io import BytesIO
+from typing import IO, Any
 
 import pydicom
 from pydicom.config import IGNORE
@@ -39,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # leading zeros are let pass, as the service does
 _UNDEFINED = 0xFFFFFFFF
+_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
     "PatientBirthDate": 18,
@@ -113,19 +115,15 @@ def _why(error: Exception) -> str:
 
 
 def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
-    try:
-        with file.open() as stream:
-            refuse_huge_inflation(stream, file.size)
-            dataset = pydicom.dcmread(stream)
-    except InvalidDicomError:
-        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
-    except OSError as error:
-        raise FileFailure(f"the file cannot be read: {error.strerror or error}") from None
+    dataset = _read(file)
     uid = str(getattr(dataset.file_meta, "TransferSyntaxUID", "") or "")
     if not uid:
         raise FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
         raise FileFailure(f"transfer syntax {_name(uid)} is not supported")
+    unended = not len(dataset) and SYNTAXES[uid].encapsulated
+    if unended:
+        dataset = _read_unended(file)
     if not len(dataset):
         raise FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
     try:
@@ -147,6 +145,8 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     long = [keyword for keyword, most in _LONGEST.items() if len(str(levels.get(keyword) or "")) > most]
     if long:
         instance.warnings.append(warning(INVALID_VALUE_LENGTH, f"too long a value: {', '.join(long)}"))
+    if unended:
+        instance.warnings.append(warning(MISMATCH, "the file ends without the delimiter of its pixel data"))
     if pixel_data.has_pixels(dataset):
         _store_frames(dataset, uid, store, blobs, instance)
     elif _is_cut(dataset):
@@ -154,6 +154,39 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     elif "Rows" in dataset and "PixelDataProviderURL" not in dataset:
         instance.warnings.append(warning(MISMATCH, "Rows without pixel data: the file may be cut short"))
     return instance
+
+
+def _read(file: InputFile) -> pydicom.Dataset:
+    try:
+        with file.open() as stream:
+            refuse_huge_inflation(stream, file.size)
+            return _dcmread(stream)
+    except InvalidDicomError:
+        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
+    except OSError as error:
+        raise FileFailure(f"the file cannot be read: {error.strerror or error}") from None
+
+
+def _dcmread(stream: IO[bytes]) -> pydicom.Dataset:
+    try:
+        return pydicom.dcmread(stream)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise EOFError from error  # pydicom's own, of items that are not there
+
+
+def _read_unended(file: InputFile) -> pydicom.Dataset:
+    """The data set of a file that ends within its encapsulated pixel data; an empty one if it ends elsewhere.
+
+    pydicom reads nothing of an element whose delimiter is missing. Whether frames are missing as well is for
+    those to say who cut them out and decode them.
+    """
+    with file.open() as stream:
+        dataset = _dcmread(BytesIO(stream.read() + _DELIMITER))
+    *_, last = dataset.values() or [None]
+    ends_in_pixels = isinstance(last, RawDataElement) and last.tag == 0x7FE00010 and last.length == _UNDEFINED
+    return dataset if ends_in_pixels else pydicom.Dataset()
 
 
 def _is_cut(dataset: pydicom.Dataset) -> bool:

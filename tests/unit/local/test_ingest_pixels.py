@@ -328,6 +328,16 @@ class TestFragments:
         dataset = filled(image(self.SHAPE, syntax), items(*streams), vr="OB", undefined=True)
         assert reason(read(dataset)).startswith("frame 2 of 3 cannot be read: ")
 
+    def test_a_file_without_the_last_delimiter(self, syntax: str, read: Read, pixels_of: Any) -> None:
+        whole, streams = self.streams(syntax)
+        dataset = filled(image(self.SHAPE, syntax), items(*streams), vr="OB", undefined=True)
+        file = written(dataset)
+        instance = read(file[:-8])
+        assert codes(instance) == [0xB007]
+        assert np.array_equal(pixels_of(instance, dataset), whole)
+        assert reason(read(file[: -8 - len(streams[2]) // 2])).startswith("frame 3 of 3 cannot be read: ")
+        assert reason(read(file[: -16 - len(streams[2])])) == "NumberOfFrames is 3, but the pixel data holds 2 frames"
+
     def test_a_table_that_was_left_out(self, syntax: str, read: Read, pixels_of: Any) -> None:
         whole, streams = self.streams(syntax)
         dataset = filled(image(self.SHAPE, syntax), items(*streams)[8:], vr="OB", undefined=True)
@@ -391,6 +401,13 @@ class TestHostile:
         lying = written(dataset).replace(ExplicitVRLittleEndian.encode(), RLELossless.encode())
         assert "is not in fragments" in reason(read(lying))
 
+    @pytest.mark.parametrize(("keyword", "bits"), [("FloatPixelData", 32), ("DoubleFloatPixelData", 64)])
+    def test_floating_point_pixels(self, keyword: str, bits: int, read: Read) -> None:
+        dataset = image((1, 4, 6), bits=bits)
+        del dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
+        setattr(dataset, keyword, bytes(4 * 6 * bits // 8))
+        assert "Float Pixel Data" in reason(read(dataset))
+
     def test_a_video_without_a_stream(self, read: Read) -> None:
         syntax = "1.2.840.10008.1.2.4.102"
         dataset = filled(image((30, 480, 640), syntax, bits=8, samples=3), items(), vr="OB", undefined=True)
@@ -421,6 +438,14 @@ class TestCutFiles:
     def test_before_the_pixel_data(self, whole: Dataset, read: Read) -> None:
         file = written(whole)
         assert codes(read(file[: file.index(b"\xe0\x7f\x10\0")])) == [0xB007]
+
+    def test_within_a_sequence_of_an_encapsulated_image(self, read: Read) -> None:
+        dataset = filled(image((1, 8, 8), RLELossless), items(rle(random((8, 8)))), vr="OB", undefined=True)
+        dataset.ReferencedImageSequence = [Dataset()]
+        dataset["ReferencedImageSequence"].is_undefined_length = True
+        file = written(dataset)
+        cut = read(file[: file.index(b"\xfe\xff\xdd\xe0")])
+        assert reason(cut) == "DICOM attributes cannot be read: the file ends inside one of them"
 
     def test_items_outside_of_sequences_are_not_the_end(self, whole: Dataset, read: Read) -> None:
         del whole.PixelData, whole.Rows

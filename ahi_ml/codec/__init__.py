@@ -359,6 +359,8 @@ def _rle(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None) -
     except RuntimeError:  # a segment decodes to more or to less than a plane of bytes
         samples = imagecodecs.dicomrle_decode(_without_padding(data, pixels), order)
     flat = np.frombuffer(samples, pixels.dtype)
+    if flat.size != pixels.rows * pixels.columns * pixels.samples:
+        raise DecodeError(f"{describe(syntax)}: the frame has {flat.size} samples, the metadata says {pixels.shape}")
     if pixels.samples > 1:  # segments are planes (PS3.5 annex G)
         planes = flat.reshape(pixels.samples, pixels.rows, pixels.columns)
         flat = np.ascontiguousarray(planes.transpose(1, 2, 0))

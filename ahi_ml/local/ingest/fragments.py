@@ -51,7 +51,6 @@ def encoded_frames(dataset: Dataset, pixels: PixelFormat, count: int, remark: Re
     PixelFailure
         There are fewer frames than `count`, nothing tells where they begin, or they would be huge.
     """
-    refuse_huge_frames(pixels, count, len(dataset.PixelData or b""))
     table, fragments = _fragments(dataset)
     beginnings = _beginnings(str(dataset.file_meta.TransferSyntaxUID), pixels)
     if table.startswith(beginnings):  # no offset table at all, not even an empty one
@@ -83,6 +82,7 @@ def encoded_frames(dataset: Dataset, pixels: PixelFormat, count: int, remark: Re
         )
     if listed is not None and listed != first and [n for n in listed if n in filled] != first:
         remark(INVALID_OFFSET_TABLE, "its offsets are not where frames begin; the frames' own beginnings were used")
+    refuse_huge_frames(pixels, len(first), len(dataset.PixelData))
     for begin, end in pairwise([*first, len(fragments)]):
         yield b"".join(fragment for _, fragment in fragments[begin:end])
 

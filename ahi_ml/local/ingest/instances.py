@@ -95,12 +95,12 @@ def read_instance(file: InputFile, store: Datastore, blobs: BlobStore, limits: L
         return Refusal(f"DICOM attributes cannot be read: {_why(error)}")
 
 
-def _name(uid: str) -> str:
-    """A transfer syntax that the data store does not take, in words."""
-    if not re.fullmatch(r"[0-9.]{1,64}", uid):
-        return "(no UID)"
+def _unsupported(uid: str) -> str:
+    """Why a transfer syntax is not taken, without its text where that is no UID: it may be anything."""
+    if not _UID.fullmatch(uid) or len(uid) > 64:
+        return "DICOM attribute TransferSyntaxUID is not a UID"
     name = UID(uid, validation_mode=IGNORE).name
-    return f"{uid} ({'unknown' if name == uid else name})"
+    return f"transfer syntax {uid} ({'unknown' if name == uid else name}) is not supported"
 
 
 def _why(error: Exception) -> str:
@@ -120,7 +120,7 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     if not uid:
         raise FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
-        raise FileFailure(f"transfer syntax {_name(uid)} is not supported")
+        raise FileFailure(_unsupported(uid))
     unended = not len(dataset) and SYNTAXES[uid].encapsulated
     if unended:
         dataset = _read_unended(file)

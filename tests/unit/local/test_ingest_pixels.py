@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 import warnings
 import zlib
@@ -317,10 +318,11 @@ class TestFragments:
         assert codes(instance) == [0xB111]
         assert np.array_equal(pixels_of(instance, dataset), whole)
 
-    def test_fewer_frames_than_it_says(self, syntax: str, read: Read) -> None:
+    @pytest.mark.parametrize("said", [4, 10**9])
+    def test_fewer_frames_than_it_says(self, syntax: str, said: int, read: Read) -> None:
         _, streams = self.streams(syntax)
-        dataset = filled(image((4, *self.SHAPE[1:]), syntax), items(*streams), vr="OB", undefined=True)
-        assert reason(read(dataset)) == "NumberOfFrames is 4, but the pixel data holds 3 frames"
+        dataset = filled(image((said, *self.SHAPE[1:]), syntax), items(*streams), vr="OB", undefined=True)
+        assert reason(read(dataset)) == f"NumberOfFrames is {said}, but the pixel data holds 3 frames"
 
     def test_a_stream_that_is_cut_short(self, syntax: str, read: Read) -> None:
         _, streams = self.streams(syntax)
@@ -337,6 +339,11 @@ class TestFragments:
         assert np.array_equal(pixels_of(instance, dataset), whole)
         assert reason(read(file[: -8 - len(streams[2]) // 2])).startswith("frame 3 of 3 cannot be read: ")
         assert reason(read(file[: -16 - len(streams[2])])) == "NumberOfFrames is 3, but the pixel data holds 2 frames"
+
+    def test_frames_of_another_size(self, syntax: str, read: Read) -> None:
+        _, streams = self.streams(syntax)
+        dataset = filled(image((3, 19, 24), syntax), items(*streams), vr="OB", undefined=True)
+        assert re.search(r"the metadata says \(19, 24\)$", reason(read(dataset)))
 
     def test_a_table_that_was_left_out(self, syntax: str, read: Read, pixels_of: Any) -> None:
         whole, streams = self.streams(syntax)
@@ -458,6 +465,11 @@ class TestUids:
         file = written(filled(image((1, 4, 6)), random((1, 4, 6)).tobytes()))
         old = b"UI\x1a\0" + b"1.2.826.0.1.3680043.10.7.1"
         assert codes(read(file.replace(old, b"UI\x1a\0" + uid.encode().ljust(26, b"\0")))) == [0xB201]
+
+    def test_a_transfer_syntax_that_is_none(self, read: Read) -> None:
+        file = written(filled(image((1, 4, 6)), random((1, 4, 6)).tobytes()))
+        file = file.replace(ExplicitVRLittleEndian.encode(), b"DOE^JANE".ljust(len(ExplicitVRLittleEndian), b"\0"))
+        assert reason(read(file)) == "DICOM attribute TransferSyntaxUID is not a UID"
 
     def test_several_are_none(self, read: Read) -> None:
         file = written(filled(image((1, 4, 6)), random((1, 4, 6)).tobytes()))

@@ -32,6 +32,10 @@ STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLES
 _LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_PHOTOMETRIC = {  # PS3.3 C.7.6.3.1.2, the retired ones included
+    *("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "XYB"),
+    *("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
+}
 _FLOAT_TAGS = (0x7FE00008, 0x7FE00009)
 _PIXEL_TAGS = (*_FLOAT_TAGS, 0x7FE00010)
 
@@ -98,6 +102,8 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
     )
     if not found.photometric:
         raise PixelFailure("DICOM attribute PhotometricInterpretation does not exist")
+    if found.photometric not in _PHOTOMETRIC:  # readers go by it, and free text has no place in an index
+        raise PixelFailure("PhotometricInterpretation is no term that DICOM defines")
     if sign not in (0, 1):
         raise PixelFailure(f"PixelRepresentation is {sign} (0 and 1 are known)")
     if found.rows < 1 or found.columns < 1:

@@ -198,12 +198,21 @@ class TestNativeOddities:
         dataset = filled(image((2, 3, 5), ExplicitVRBigEndian, bits=8), whole.ravel().view("u2").byteswap().tobytes())
         assert np.array_equal(pixels_of(read(dataset), dataset), whole)
 
-    @pytest.mark.parametrize("name", ["XYB", "MADE UP", "monochrome2"])
-    def test_colour_spaces_that_nobody_knows(self, name: str, read: Read, pixels_of: Any) -> None:
-        whole = random((1, 4, 6))
-        dataset = filled(image(whole.shape), whole.tobytes())
-        dataset["PhotometricInterpretation"] = DataElement(0x00280004, "CS", name, validation_mode=IGNORE)
+    def test_a_colour_space_that_is_younger_than_pydicom(self, read: Read, pixels_of: Any) -> None:
+        whole = random((1, 4, 6, 3), 8)
+        dataset = filled(image((1, 4, 6), bits=8, samples=3), whole.tobytes(), vr="OB")
+        dataset.PhotometricInterpretation = "XYB"
         assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
+    @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+    @pytest.mark.parametrize("name", ["DOE^JANE", "monochrome1"])
+    def test_colour_spaces_that_are_none(self, name: str, syntax: str, read: Read) -> None:
+        whole = random((1, 4, 6))
+        native = syntax == ExplicitVRLittleEndian
+        data = whole.tobytes() if native else items(rle(whole[0]))
+        dataset = filled(image(whole.shape, syntax), data, vr="OW" if native else "OB", undefined=not native)
+        dataset["PhotometricInterpretation"] = DataElement(0x00280004, "CS", name, validation_mode=IGNORE)
+        assert reason(read(dataset)) == "PhotometricInterpretation is no term that DICOM defines"
 
     def test_more_frames_than_it_says(self, read: Read, pixels_of: Any) -> None:
         whole = random((3, 4, 6))

@@ -98,7 +98,7 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
         bits_allocated=allocated,
         bits_stored=number("BitsStored", allocated),
         signed=sign == 1,
-        photometric=str(dataset.get("PhotometricInterpretation") or ""),
+        photometric=str(dataset.get("PhotometricInterpretation") or "").strip(),
     )
     if not found.photometric:
         raise PixelFailure("DICOM attribute PhotometricInterpretation does not exist")

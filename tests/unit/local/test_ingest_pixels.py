@@ -204,6 +204,12 @@ class TestNativeOddities:
         dataset.PhotometricInterpretation = "XYB"
         assert np.array_equal(pixels_of(read(dataset), dataset), whole)
 
+    def test_blanks_around_a_colour_space_mean_nothing(self, read: Read, pixels_of: Any) -> None:
+        whole = random((1, 4, 6))
+        dataset = filled(image(whole.shape), whole.tobytes())
+        dataset["PhotometricInterpretation"] = DataElement(0x00280004, "CS", " MONOCHROME2 ", validation_mode=IGNORE)
+        assert np.array_equal(pixels_of(read(dataset), dataset), whole)
+
     @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
     @pytest.mark.parametrize("name", ["DOE^JANE", "monochrome1"])
     def test_colour_spaces_that_are_none(self, name: str, syntax: str, read: Read) -> None:

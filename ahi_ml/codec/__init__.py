@@ -10,7 +10,9 @@ returns when it leaves out `r` resolutions, clipped to the stored range. Its sam
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 
 import imagecodecs
 import numpy as np
@@ -328,11 +330,35 @@ def _jpegxl(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None
 
 
 def _rle(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:
-    flat = np.frombuffer(imagecodecs.dicomrle_decode(data, pixels.dtype.newbyteorder("<")), pixels.dtype)
+    order = pixels.dtype.newbyteorder("<")
+    try:
+        samples = imagecodecs.dicomrle_decode(data, order)
+    except RuntimeError:  # a segment decodes to more or to less than a plane of bytes
+        samples = imagecodecs.dicomrle_decode(_without_padding(data, pixels), order)
+    flat = np.frombuffer(samples, pixels.dtype)
+    if flat.size != pixels.rows * pixels.columns * pixels.samples:
+        raise DecodeError(f"{describe(syntax)}: the frame has {flat.size} samples, the metadata says {pixels.shape}")
     if pixels.samples > 1:  # segments are planes (PS3.5 annex G)
         planes = flat.reshape(pixels.samples, pixels.rows, pixels.columns)
         flat = np.ascontiguousarray(planes.transpose(1, 2, 0))
     return _clear_unused_bits(flat.reshape(pixels.shape), pixels)
+
+
+def _without_padding(data: Buffer, pixels: PixelFormat) -> bytes:
+    """An RLE frame whose segments end with their last needed run: some writers pad them, which decodes to more."""
+    view = memoryview(data)
+    count, *offsets = struct.unpack_from("<16I", view)
+    segments = []
+    for begin, end in pairwise([*offsets[:count], len(view)]):
+        end = min(end, len(view))
+        at, left = begin, pixels.rows * pixels.columns
+        while at < end and left > 0:
+            control = view[at]
+            run = control + 1 if control < 128 else 257 - control if control > 128 else 0
+            at, left = at + (control + 2 if control < 128 else 2 if control > 128 else 1), left - run
+        segments.append(bytes(view[begin : min(at, end)]))
+    starts = accumulate((len(segment) for segment in segments[:-1]), initial=64)
+    return struct.pack("<16I", count, *starts, *[0] * (15 - count)) + b"".join(segments)
 
 
 def _native(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:

@@ -18,7 +18,7 @@ import numpy as np
 from ahi_ml.errors import DecodeError
 from ahi_ml.types import AnyArray, Buffer
 
-__all__ = ["StreamInfo", "decode_htj2k", "decode_stream", "encode_htj2k", "encode_j2k", "inspect"]
+__all__ = ["StreamInfo", "confirm", "decode_htj2k", "decode_stream", "encode_htj2k", "encode_j2k", "inspect"]
 
 _JP2_SIGNATURE = bytes.fromhex("0000000c6a5020200d0a870a")
 _SOC_SIZ = b"\xff\x4f\xff\x51"
@@ -26,6 +26,7 @@ _COD = 0xFF52
 _SOT = 0xFF90
 _SMALLEST_SIDE = 64  # PS3.5 A.4.4: the base resolution has a side of 64 samples or fewer
 _MOST_LEVELS = 8
+_CONFIRMED_BITS = 16
 _MOST_TILES = 65_535  # T.800 A.4.2: their numbers have 16 bits
 
 
@@ -203,6 +204,39 @@ def decode_htj2k(data: Buffer, *, skipped: int = 0, out: AnyArray | None = None)
     """
     # Without a colour transform its own choice is a plane a component.
     return imagecodecs.htj2k_decode(data, planar=False, skipres=skipped, out=out)  # type: ignore[no-any-return]
+
+
+def confirm(data: Buffer, info: StreamInfo, image: AnyArray) -> None:
+    """Refuse a high-throughput stream whose pixels OpenJPEG does not read as OpenJPH did. I/O: none; releases the GIL.
+
+    Where no checksum has been made yet this shows damage: OpenJPH decodes on, and the two go wrong in different ways.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The encoded frame.
+    info : StreamInfo
+        What `inspect` said of it.
+    image : ndarray of integers
+        What OpenJPH made of it. Where rounding differs (an irreversible stream), or OpenJPEG lacks the
+        bits (more than 16), it is not compared.
+
+    Raises
+    ------
+    DecodeError
+        OpenJPEG refuses it, or reads other pixels.
+    """
+    if info.precision > _CONFIRMED_BITS:
+        return
+    try:
+        other = imagecodecs.jpeg2k_decode(data)
+    except Exception as error:
+        raise DecodeError(f"a damaged HTJ2K stream of {len(data)} bytes: {error}") from error
+    if not info.reversible:
+        return
+    differing = (image.reshape(-1) ^ other.reshape(-1).astype(image.dtype)).view(f"u{image.itemsize}")
+    if np.any(differing & ((1 << info.precision) - 1)):  # signs may have been extended since
+        raise DecodeError(f"a damaged HTJ2K stream of {len(data)} bytes: its decoders read different pixels")
 
 
 def _second_opinion(data: Buffer, first: Exception) -> AnyArray:

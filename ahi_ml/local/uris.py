@@ -61,6 +61,11 @@ class _FolderBucket:
         # As on S3 the key is a prefix: without a "/" at its end it also matches siblings that begin with
         # the same text. Links to folders are not followed, and what is no file (a pipe, a link to nowhere)
         # is no object.
+        if not self.base.is_dir():
+            raise FileNotFoundError(
+                f"there is no bucket {self.base.name}: neither a folder of that name under s3/ in the store's folder, "
+                "nor is S3 itself switched on (local.configure)"
+            )
         parent, _, stem = prefix.rpartition("/")
         top = self.base / parent
         if not top.is_dir():

@@ -319,7 +319,7 @@ class Driver:
                 "isPrimary": target.latest.primary,
             }
             assert all(each == response for each in responses)
-            summaries.append({**response, "numberOfMatchedSOPInstances": len(group)})
+            summaries.append({**response, "numberOfMatchedSOPInstances": len({scan.sop_uid for scan in group})})
             touched.append(target)
         manifest = json.loads((output / "job-output-manifest.json").read_text())["jobSummary"]
         assert manifest["imageSetsSummary"] == summaries

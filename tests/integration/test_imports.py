@@ -124,7 +124,8 @@ class TestS3:
 
     def test_s3_is_not_asked_unless_set(self, store: ahi_ml.DataStore, s3: Any) -> None:
         s3.put_object(Bucket="in-bucket", Key="x/a", Body=b"x")
-        assert store.import_dicom("s3://in-bucket/x/").scanned == 0
+        with pytest.raises(ServiceError, match=r"ACCESS_DENIED: there is no bucket in-bucket\b"):
+            store.import_dicom("s3://in-bucket/x/")
 
 
 class TestDividedJobs:

@@ -100,6 +100,8 @@ class _File:
 def _read(path: Path) -> Dataset | None:
     try:
         dataset = pydicom.dcmread(path)
+        if not len(dataset):  # a delimiter is missing where the file ends, which to pydicom is nothing read
+            dataset = pydicom.dcmread(io.BytesIO(path.read_bytes() + b"\xfe\xff\xdd\xe0\0\0\0\0"))
         _ = dataset.get("SOPInstanceUID")
     except Exception:  # what pydicom cannot read has no pixels to compare
         return None

@@ -39,6 +39,7 @@ _NUMBERS: Final = {
 }
 _NAME_DELIMITERS: Final = set(b"^=\\")  # where code extensions end (PS3.5 6.1.2.5.3)
 _TEXT_DELIMITERS: Final = set(b"\n\r\t\f\\")
+_LATIN_9: Final = "ISO_IR 203"
 _WORD_BYTES: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
 _SKIPPED: Final = frozenset(
     {
@@ -229,7 +230,10 @@ def _encodings(dataset: Dataset, inherited: tuple[str, ...]) -> tuple[str, ...]:
     if 0x00080005 not in dataset:
         return inherited
     try:
-        return tuple(convert_encodings(dataset.get("SpecificCharacterSet")))
+        names = dataset.get("SpecificCharacterSet")
+        if names == _LATIN_9:  # younger than pydicom's table
+            return ("iso8859_15",)
+        return tuple(convert_encodings(names))
     except (LookupError, ValueError, TypeError, AttributeError):
         return inherited
 

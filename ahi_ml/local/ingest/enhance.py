@@ -61,7 +61,7 @@ def enhance(catalog: Catalog, store: Datastore, mapping: Json, key: str, file: I
         except (edits.EditFailure, Busy) as error:
             out.fail(key, str(error), server=isinstance(error, Busy))
         else:
-            out.succeed(changed, [(key, [])])
+            out.succeed(changed, [(key, [])], instances=1)
 
 
 def _part(tree: Json, series_uid: str | None) -> Json:

@@ -10,33 +10,34 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.encaps import generate_fragments, generate_frames, parse_basic_offsets
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID
 
 from ahi_ml import codec
-from ahi_ml.codec import PixelFormat, jpeg2000
+from ahi_ml.codec import PixelFormat, jpeg2000, progressive
 from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, J2K_LOSSLESS, SYNTAXES, describe
 from ahi_ml.errors import DecodeError
+from ahi_ml.local.ingest.fragments import encoded_frames, video_stream
+from ahi_ml.local.ingest.native import native_frames
+from ahi_ml.local.ingest.remarks import FRAME_NUMBER_MISMATCH, PixelFailure, Remark
 from ahi_ml.types import AnyArray
 
-__all__ = ["STORED_SYNTAX", "PixelFailure", "StoredFrame", "pixel_format", "stored_frames", "stored_syntax"]
+__all__ = ["STORED_SYNTAX", "StoredFrame", "has_pixels", "pixel_format", "stored_frames", "stored_syntax"]
 
 STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLESS}
 """Transfer syntax of what a data store transcodes, by its lossless storage format."""
 
 _LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
-_PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
-
-
-class PixelFailure(Exception):
-    """The pixel data of a file cannot be stored; the text says why, for the job's report."""
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_PHOTOMETRIC = {  # PS3.3 C.7.6.3.1.2, the retired ones included
+    *("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "XYB"),
+    *("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
+}
+_FLOAT_TAGS = (0x7FE00008, 0x7FE00009)
+_PIXEL_TAGS = (*_FLOAT_TAGS, 0x7FE00010)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,11 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
     Raises
     ------
     PixelFailure
-        One is missing or cannot be; the text names it.
+        One is missing or cannot be, the text names it; or the pixels are floating-point numbers.
     """
+
+    if any(tag in dataset for tag in _FLOAT_TAGS):
+        raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
 
     def number(keyword: str, default: int | None = None) -> int:
         try:
@@ -79,22 +83,29 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
             value = default if value is None else value
             if value is None:
                 raise PixelFailure(f"DICOM attribute {keyword} does not exist")
+            if isinstance(value, str):
+                raise TypeError
             return int(value)
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise PixelFailure(f"DICOM attribute {keyword} is not a number") from error
 
     allocated = number("BitsAllocated")
+    sign = number("PixelRepresentation", 0 if allocated == 1 else None)
     found = PixelFormat(
         rows=number("Rows"),
         columns=number("Columns"),
         samples=number("SamplesPerPixel", 1),
         bits_allocated=allocated,
         bits_stored=number("BitsStored", allocated),
-        signed=number("PixelRepresentation", 0) == 1,
-        photometric=str(dataset.get("PhotometricInterpretation") or ""),
+        signed=sign == 1,
+        photometric=str(dataset.get("PhotometricInterpretation") or "").strip(),
     )
     if not found.photometric:
         raise PixelFailure("DICOM attribute PhotometricInterpretation does not exist")
+    if found.photometric not in _PHOTOMETRIC:  # readers go by it, and free text has no place in an index
+        raise PixelFailure("PhotometricInterpretation is no term that DICOM defines")
+    if sign not in (0, 1):
+        raise PixelFailure(f"PixelRepresentation is {sign} (0 and 1 are known)")
     if found.rows < 1 or found.columns < 1:
         raise PixelFailure(f"Rows x Columns is {found.rows} x {found.columns}")
     if found.samples not in (1, 3):
@@ -117,7 +128,7 @@ def stored_syntax(transfer_syntax: str, pixels: PixelFormat | None, storage_form
     return STORED_SYNTAX[storage_format]
 
 
-def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) -> Iterator[StoredFrame]:
+def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str, remark: Remark) -> Iterator[StoredFrame]:
     """Yield an instance's frames as the data store keeps them, in order.
 
     I/O: none. One frame is in memory at a time, beside the encoded data set.
@@ -130,6 +141,8 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
         Of `dataset`.
     storage_format : {"HTJ2K", "JPEG_2000_LOSSLESS"}
         The data store's.
+    remark : callable
+        Told of what is wrong with the pixel data and does not change the pixels.
 
     Raises
     ------
@@ -137,23 +150,23 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
         A frame cannot be read or stored; the text says which and why.
     """
     uid = str(dataset.file_meta.TransferSyntaxUID)
-    count = _frame_count(dataset)
-    if 0x7FE00008 in dataset or 0x7FE00009 in dataset:
-        raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
-    video = SYNTAXES[uid].codec == "video"
+    count = _frame_count(dataset, remark)
+    known = SYNTAXES[uid]
     stored: Iterator[StoredFrame]
-    if SYNTAXES[uid].kept:
-        stored = (_keep(data, uid, pixels) for data in _encoded(dataset, count, video=video))
-    elif pixels.bits_allocated == 1:
-        stored = (_pack(image) for image in _native(dataset, uid, pixels, count))
+    if known.codec == "video":
+        stored = (StoredFrame(data, codec.crc32(data), None, None) for data in [video_stream(dataset)])
+    elif known.kept:
+        stored = (_keep(data, uid, pixels) for data in encoded_frames(dataset, pixels, count, remark))
     else:
-        encode = jpeg2000.encode_htj2k if storage_format == "HTJ2K" else jpeg2000.encode_j2k
         images = (
-            (codec.decode(data, uid, pixels) for data in _encoded(dataset, count))
-            if SYNTAXES[uid].encapsulated
-            else _native(dataset, uid, pixels, count)
+            (_decode(data, uid, pixels) for data in encoded_frames(dataset, pixels, count, remark))
+            if known.encapsulated
+            else native_frames(dataset, pixels, count, remark)
         )
-        stored = (_transcode(image, encode, STORED_SYNTAX[storage_format], pixels) for image in images)
+        if pixels.bits_allocated == 1:
+            stored = (_pack(image) for image in images)
+        else:
+            stored = (_transcode(image, storage_format, pixels) for image in images)
     number = 0
     try:
         for number, frame in enumerate(stored, 1):  # noqa: B007 (for the messages below)
@@ -163,12 +176,9 @@ def stored_frames(dataset: Dataset, pixels: PixelFormat, storage_format: str) ->
     except MemoryError as error:
         raise PixelFailure(f"frame {number + 1} of {count} does not fit into memory") from error
     except Exception as error:
-        # Decoders and pydicom raise many kinds of errors over hostile pixel data, and each is the file's fault.
+        # Decoders raise many kinds of errors over hostile pixel data, and each is the file's fault.
         _LOG.debug("a frame could not be read", exc_info=True)
         raise PixelFailure(f"frame {number + 1} of {count} cannot be read: {_reason(error)}") from error
-    expected = 1 if video else count
-    if number != expected:
-        raise PixelFailure(f"NumberOfFrames is {count}, but the pixel data holds {number} frames")
 
 
 def _reason(error: Exception) -> str:
@@ -179,44 +189,33 @@ def _reason(error: Exception) -> str:
     return (text[:297] + "...") if len(text) > 300 else text
 
 
-def _frame_count(dataset: Dataset) -> int:
+def _frame_count(dataset: Dataset, remark: Remark) -> int:
     value: Any = dataset.get("NumberOfFrames")
     try:
         count = 1 if value in (None, "") else int(value)
     except (TypeError, ValueError) as error:
         raise PixelFailure("DICOM attribute NumberOfFrames is not a number") from error
-    if count < 1:
+    if count < 0:
         raise PixelFailure(f"NumberOfFrames is {count}")
-    return count
+    if count == 0:
+        remark(FRAME_NUMBER_MISMATCH, "NumberOfFrames is 0, taken for 1")
+    return max(count, 1)
 
 
-def _encoded(dataset: Dataset, count: int, *, video: bool = False) -> Iterator[bytes]:
-    if video:  # one stream for all frames
-        buffer = BytesIO(dataset.PixelData)
-        parse_basic_offsets(buffer)  # leaves the buffer behind the table, at the first fragment
-        yield b"".join(generate_fragments(buffer))
-        return
-    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
-    extended = offsets if all(offsets) else None
-    yield from generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=extended)
-
-
-def _native(dataset: Dataset, uid: str, pixels: PixelFormat, count: int) -> Iterator[AnyArray]:
-    bits = pixels.rows * pixels.columns * pixels.samples * pixels.bits_allocated * count
-    if pixels.photometric == "YBR_FULL_422":  # two of three samples
-        bits = bits // 3 * 2
-    if not SYNTAXES[uid].encapsulated and len(dataset.PixelData) < (needed := -(-bits // 8)):
-        raise PixelFailure(
-            f"the pixel data ends after {len(dataset.PixelData)} bytes, but its {count} "
-            f"{'frame takes' if count == 1 else 'frames take'} {needed}"
-        )
-    for image, _ in get_decoder(UID(uid)).iter_array(dataset, raw=True):
-        yield image.reshape(pixels.shape)
+def _decode(data: bytes, uid: str, pixels: PixelFormat) -> AnyArray:
+    """Decode a frame as received; refuse damage that its decoder would not notice."""
+    family = SYNTAXES[uid].codec
+    if family == "jpeg" and data.rfind(_JPEG_END) < data.rfind(_JPEG_SCAN):  # neither is in coded data: T.81 B.1.1.5
+        raise DecodeError(f"a JPEG stream of {len(data)} bytes ends without its end marker (EOI)")
+    image = codec.decode(data, uid, pixels)
+    if family == "htj2k" and (info := jpeg2000.inspect(data)).high_throughput:
+        progressive.check_complete(data, info)
+        jpeg2000.confirm(data, info, image)
+    return image
 
 
 def _keep(data: bytes, uid: str, pixels: PixelFormat) -> StoredFrame:
-    if SYNTAXES[uid].codec != "video":
-        codec.decode(data, uid, pixels)  # what nobody can read is told now, not in a training run
+    _decode(data, uid, pixels)  # what nobody can read is told now, not in a training run
     return StoredFrame(data, codec.crc32(data), None, None)
 
 
@@ -225,7 +224,9 @@ def _pack(image: AnyArray) -> StoredFrame:
     return StoredFrame(data, codec.crc32(data), None, None)
 
 
-def _transcode(image: AnyArray, encode: Any, syntax: str, pixels: PixelFormat) -> StoredFrame:
+def _transcode(image: AnyArray, storage_format: str, pixels: PixelFormat) -> StoredFrame:
+    encode = jpeg2000.encode_htj2k if storage_format == "HTJ2K" else jpeg2000.encode_j2k
+    syntax = STORED_SYNTAX[storage_format]
     native = image.dtype.newbyteorder("=")
     image = np.ascontiguousarray(image, native)
     if image.dtype != pixels.dtype:

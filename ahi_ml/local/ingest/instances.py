@@ -7,10 +7,12 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from io import BytesIO
+from typing import IO, Any
 
 import pydicom
 from pydicom.config import IGNORE
+from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
@@ -18,8 +20,17 @@ from ahi_ml.codec.syntaxes import SYNTAXES
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Datastore, FrameRow
 from ahi_ml.local.ingest import frames as pixel_data
+from ahi_ml.local.ingest.bombs import refuse_huge_inflation
 from ahi_ml.local.ingest.document import read_levels
 from ahi_ml.local.ingest.image_sets import Instance
+from ahi_ml.local.ingest.remarks import (
+    ELEMENTS_DISCARDED,
+    INVALID_UID_FORMAT,
+    INVALID_VALUE_LENGTH,
+    MISMATCH,
+    FileFailure,
+    warning,
+)
 from ahi_ml.local.settings import Limits
 from ahi_ml.local.uris import InputFile
 
@@ -27,9 +38,9 @@ __all__ = ["Refusal", "read_instance"]
 
 _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-_DISCARDED = 0xB006
-_BAD_UID = 0xB201
-_BAD_LENGTH = 0xB202
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # leading zeros are let pass, as the service does
+_UNDEFINED = 0xFFFFFFFF
+_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
     "PatientBirthDate": 18,
@@ -57,10 +68,6 @@ class Refusal:
     server: bool = False
 
 
-class _FileFailure(Exception):
-    """The file fails; the text goes into its line of ``failure.ndjson``."""
-
-
 class _StoreFailure(Exception):
     """The store cannot keep the frames."""
 
@@ -74,7 +81,7 @@ def read_instance(file: InputFile, store: Datastore, blobs: BlobStore, limits: L
         return Refusal(f"FILE_SIZE_LIMIT_EXCEEDED: the file has more than {limits.file_bytes} bytes")
     try:
         return _parse(file, store, blobs)
-    except (_FileFailure, pixel_data.PixelFailure) as failure:
+    except FileFailure as failure:
         return Refusal(str(failure))
     except _StoreFailure as failure:
         _LOG.exception("the frames of a file could not be stored")
@@ -88,12 +95,12 @@ def read_instance(file: InputFile, store: Datastore, blobs: BlobStore, limits: L
         return Refusal(f"DICOM attributes cannot be read: {_why(error)}")
 
 
-def _name(uid: str) -> str:
-    """A transfer syntax that the data store does not take, in words."""
-    if not re.fullmatch(r"[0-9.]{1,64}", uid):
-        return "(no UID)"
+def _unsupported(uid: str) -> str:
+    """Why a transfer syntax is not taken, without its text where that is no UID: it may be anything."""
+    if not _UID.fullmatch(uid) or len(uid) > 64:
+        return "DICOM attribute TransferSyntaxUID is not a UID"
     name = UID(uid, validation_mode=IGNORE).name
-    return f"{uid} ({'unknown' if name == uid else name})"
+    return f"transfer syntax {uid} ({'unknown' if name == uid else name}) is not supported"
 
 
 def _why(error: Exception) -> str:
@@ -108,43 +115,86 @@ def _why(error: Exception) -> str:
 
 
 def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
-    try:
-        with file.open() as stream:
-            dataset = pydicom.dcmread(stream)
-    except InvalidDicomError:
-        raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
-    except OSError as error:
-        raise _FileFailure(f"the file cannot be read: {error.strerror or error}") from None
+    dataset = _read(file)
     uid = str(getattr(dataset.file_meta, "TransferSyntaxUID", "") or "")
     if not uid:
-        raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist")
+        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist")
     if uid not in SYNTAXES:
-        raise _FileFailure(f"transfer syntax {_name(uid)} is not supported")
+        raise FileFailure(_unsupported(uid))
+    unended = not len(dataset) and SYNTAXES[uid].encapsulated
+    if unended:
+        dataset = _read_unended(file)
     if not len(dataset):
-        raise _FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
+        raise FileFailure("DICOM attributes does not exist: the file ends with its header or inside the data set")
     try:
         levels = read_levels(dataset)
     except ValueError as error:  # its text names no value
-        raise _FileFailure(f"DICOM attributes cannot be read: {error}") from error
+        raise FileFailure(f"DICOM attributes cannot be read: {error}") from error
     for keyword in _REQUIRED:
-        if not isinstance(levels.get(keyword), str):
-            raise _FileFailure(f"DICOM attribute {keyword} does not exist")
+        if not isinstance(value := levels.get(keyword), str):
+            several = isinstance(value, list) and len(value) > 1
+            raise FileFailure(f"DICOM attribute {keyword} {'has several values' if several else 'does not exist'}")
         if len(levels.get(keyword)) > 256:
-            raise _FileFailure(f"DICOM attribute {keyword} is longer than 256 characters")
+            raise FileFailure(f"DICOM attribute {keyword} is longer than 256 characters")
     instance = Instance(file.key, levels.get("SOPInstanceUID"), levels, "", None, [], [])
     if levels.discarded:
-        instance.warnings.append(
-            _warning(_DISCARDED, "ElementsDiscarded", f"unreadable values: {', '.join(levels.discarded)}")
-        )
-    bad = [keyword for keyword in _REQUIRED if set(levels.get(keyword)) - set("0123456789.")]
+        instance.warnings.append(warning(ELEMENTS_DISCARDED, f"unreadable values: {', '.join(levels.discarded)}"))
+    bad = [keyword for keyword in _REQUIRED if not _UID.fullmatch(levels.get(keyword))]
     if bad:
-        instance.warnings.append(_warning(_BAD_UID, "InvalidUIDFormat", f"not a UID: {', '.join(bad)}"))
+        instance.warnings.append(warning(INVALID_UID_FORMAT, f"not a UID: {', '.join(bad)}"))
     long = [keyword for keyword, most in _LONGEST.items() if len(str(levels.get(keyword) or "")) > most]
     if long:
-        instance.warnings.append(_warning(_BAD_LENGTH, "InvalidValueLength", f"too long a value: {', '.join(long)}"))
+        instance.warnings.append(warning(INVALID_VALUE_LENGTH, f"too long a value: {', '.join(long)}"))
+    if unended:
+        instance.warnings.append(warning(MISMATCH, "the file ends without the delimiter of its pixel data"))
     if pixel_data.has_pixels(dataset):
         _store_frames(dataset, uid, store, blobs, instance)
+    elif _is_cut(dataset):
+        raise FileFailure("DICOM attributes cannot be read: the file ends inside one of them")
+    elif "Rows" in dataset and "PixelDataProviderURL" not in dataset:
+        instance.warnings.append(warning(MISMATCH, "Rows without pixel data: the file may be cut short"))
     return instance
+
+
+def _read(file: InputFile) -> pydicom.Dataset:
+    try:
+        with file.open() as stream:
+            refuse_huge_inflation(stream, file.size)
+            return _dcmread(stream)
+    except InvalidDicomError:
+        raise FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
+    except OSError as error:
+        raise FileFailure(f"the file cannot be read: {error.strerror or error}") from None
+
+
+def _dcmread(stream: IO[bytes]) -> pydicom.Dataset:
+    try:
+        return pydicom.dcmread(stream)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise EOFError from error  # pydicom's own, of items that are not there
+
+
+def _read_unended(file: InputFile) -> pydicom.Dataset:
+    """The data set of a file that ends within its encapsulated pixel data; an empty one if it ends elsewhere.
+
+    pydicom reads nothing of an element whose delimiter is missing. Whether frames are missing as well is for
+    those to say who cut them out and decode them.
+    """
+    with file.open() as stream:
+        dataset = _dcmread(BytesIO(stream.read() + _DELIMITER))
+    *_, last = dataset.values() or [None]
+    ends_in_pixels = isinstance(last, RawDataElement) and last.tag == 0x7FE00010 and last.length == _UNDEFINED
+    return dataset if ends_in_pixels else pydicom.Dataset()
+
+
+def _is_cut(dataset: pydicom.Dataset) -> bool:
+    """Whether the file ends within a value; pydicom gives the bytes that are there."""
+    *_, last = dataset.values()
+    if not isinstance(last, RawDataElement) or not isinstance(last.value, bytes):
+        return False
+    return len(last.value) < last.length < _UNDEFINED
 
 
 def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: BlobStore, instance: Instance) -> None:
@@ -153,7 +203,11 @@ def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: B
     content_type = SYNTAXES[instance.stored_syntax].content_type
     transcoded = instance.stored_syntax in pixel_data.STORED_SYNTAX.values()
     instance.checksum_type = "DECOMPRESSED" if transcoded else "COMPRESSED"
-    for frame in pixel_data.stored_frames(dataset, pixels, store.storage_format):
+
+    def remark(kind: tuple[int, str], text: str) -> None:
+        instance.warnings.append(warning(kind, text))
+
+    for frame in pixel_data.stored_frames(dataset, pixels, store.storage_format, remark):
         try:
             blob = blobs.put(frame.data)
         except OSError as error:
@@ -170,7 +224,3 @@ def _store_frames(dataset: pydicom.Dataset, uid: str, store: Datastore, blobs: B
             "FrameSizeInBytes": len(frame.data),
         }
         instance.frames.append(entry)
-
-
-def _warning(code: int, kind: str, text: str) -> Json:
-    return {"warning_reason_code": code, "type": kind, "message": text}

@@ -99,7 +99,8 @@ def run_job(
             for instance in group.instances:
                 outcome.fail(instance.key, reason, server=True)
         else:
-            outcome.succeed(found, [(instance.key, instance.warnings) for instance in group.instances])
+            written = [(instance.key, instance.warnings) for instance in group.instances]
+            outcome.succeed(found, written, instances=len({instance.sop_uid for instance in group.instances}))
     by_key = {file.key: file for file in files}
     for key, mapping in mappings:
         enhance(catalog, store, mapping, key, by_key.get(key), outcome)

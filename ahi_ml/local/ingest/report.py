@@ -41,14 +41,14 @@ class Outcome:
         exception = {"exceptionType": _SERVER if server else _CUSTOMER, "message": reason}
         self.failures.append({"inputFile": key, "exception": exception})
 
-    def succeed(self, found: ImageSet, files: Sequence[tuple[str, list[Json]]]) -> None:
-        """Note files, each with its warnings, that went into an image set."""
+    def succeed(self, found: ImageSet, files: Sequence[tuple[str, list[Json]]], *, instances: int) -> None:
+        """Note files, each with its warnings, that went into an image set: several may be of one instance."""
         response = {"imageSetId": found.id, "imageSetVersion": found.version, "isPrimary": found.is_primary}
         for key, warnings in files:
             self.successes.append({"inputFile": key, "importResponse": response})
             if warnings:
                 self.warnings.append({"inputFile": key, "importResponse": {**response, "warnings": warnings}})
-        self.image_sets.append((found, len(files)))
+        self.image_sets.append((found, instances))
 
 
 def write_lines(bucket: Bucket, prefix: str, outcome: Outcome) -> None:

@@ -217,6 +217,12 @@ class TestText:
         got = read_levels(written(dataset)).patient["ReferencedPatientSequence"]
         assert [each["PatientComments"] for each in got] == ["Люк", "Jérôme"]
 
+    def test_latin_9(self) -> None:
+        dataset = Dataset()
+        dataset.SpecificCharacterSet = "ISO_IR 203"
+        dataset.add_new(0x00081030, "LO", "Š 5 €".encode("iso8859_15"))
+        assert read_levels(written(dataset)).study["StudyDescription"] == "Š 5 €"
+
     def test_unknown_character_sets_lose_no_file(self) -> None:
         dataset = raw_element(0x00100010, "PN", b"J\xe9r\xf4me")
         dataset.SpecificCharacterSet = "ISO_IR 9999"

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -38,8 +38,6 @@ _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
 _LOCK_ELSEWHERE_S = 2.0
 _LOOPBACK = "127.0.0.1"
-_MOST_HEAD = 64 * 1024
-_MOST_CONNECTIONS = 1024
 
 
 def serve_folder(
@@ -111,6 +109,7 @@ async def _serve(
 
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
+    from ahi_ml.local.connection import BoundedConnection, make_room
     from ahi_ml.local.ingest.runner import JobRunner
     from ahi_ml.local.injector import Injector
     from ahi_ml.local.operations import Context
@@ -126,6 +125,7 @@ async def _serve(
     gc.set_threshold(50_000, 50, 50)
     warnings.filterwarnings("ignore", module="pydicom")  # remarks on odd values; a job's report has its own
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # or whoever sends rubbish fills the disk
     keys = folder.keys()
     catalog = Catalog(folder.catalog)
     blobs = BlobStore(folder.blobs)
@@ -153,8 +153,8 @@ async def _serve(
     application = Application(context, verifier)
     config = uvicorn.Config(
         application,
-        http=_bounded_protocol(),
-        limit_concurrency=_MOST_CONNECTIONS,
+        http=BoundedConnection,
+        limit_concurrency=make_room(),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -221,35 +221,6 @@ def _sweep(blobs: BlobStore, catalog: Catalog) -> None:
         blobs.sweep(catalog.blobs())
     except Exception:  # the server may be closing the catalog; the next one sweeps again
         _LOG.debug("the sweep of unused blobs was cut short", exc_info=True)
-
-
-def _bounded_protocol() -> Any:
-    """uvicorn's protocol with a bound on what comes before the headers end: nobody is authenticated yet."""
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-    from ahi_ml.local.server import TRANSPORT
-
-    class Bounded(HttpToolsProtocol):
-        head_bytes = 0
-        in_head = True
-
-        def data_received(self, data: bytes) -> None:
-            if self.in_head:
-                self.head_bytes += len(data)
-            super().data_received(data)
-            if self.in_head and self.head_bytes > _MOST_HEAD:
-                self.transport.close()
-
-        def on_message_begin(self) -> None:
-            self.in_head, self.head_bytes = True, 0
-            super().on_message_begin()
-            self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
-
-        def on_headers_complete(self) -> None:
-            self.in_head = False
-            super().on_headers_complete()
-
-    return Bounded
 
 
 def _fields(endpoint: Endpoint) -> dict[str, object]:

@@ -107,6 +107,7 @@ async def _serve(
     # Heavy imports come after the lock is won: a candidate that loses costs a bare interpreter.
     import uvicorn
 
+    from ahi_ml.local.accesses import Accesses
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
     from ahi_ml.local.connection import BoundedConnection, make_room
@@ -144,7 +145,8 @@ async def _serve(
     )
     settling = Settling()
     secret = bytes.fromhex(keys.page_secret)
-    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, secret, settling, injector)
+    accesses = Accesses(catalog, settling)
+    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, secret, settling, injector, accesses)
     recover_writes(context)
     recover_datastores(context)
     # Nobody waits for the sweep, and its thread ends with the process wherever it is.

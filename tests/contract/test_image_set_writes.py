@@ -74,6 +74,18 @@ def update(store: DataStore, image_set: str, latest: str = "1", **options: Any) 
     )
 
 
+def copied(store: DataStore, image_set: str) -> str:
+    """A copy, not primary, of the first version of an image set."""
+    information = {"sourceImageSet": {"latestVersionId": "1"}}
+    answer = store.client.copy_image_set(
+        datastoreId=store.datastore_id, sourceImageSetId=image_set, copyImageSetInformation=information
+    )
+    made = str(answer["destinationImageSetProperties"]["imageSetId"])
+    settled(store, image_set)
+    assert settled(store, made)["imageSetWorkflowStatus"] == "COPIED"
+    return made
+
+
 def refused(code: str, call: Any, *arguments: Any, **options: Any) -> str:
     with pytest.raises(ClientError) as caught:
         call(*arguments, **options)
@@ -147,6 +159,37 @@ def test_instances_are_removed_with_force_and_stay_in_old_versions(store: DataSt
 )
 def test_what_may_not_be_changed_is_refused_by_name(store: DataStore, tree: Json, word: str) -> None:
     assert word in refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree)
+
+
+def test_accesses_are_noted(store: DataStore) -> None:
+    """Reading metadata or frames, updating and copying are accesses; searches and properties are none."""
+    image_set = image_set_of(store)
+    frame = next(iter(document(store, image_set)["Study"]["Series"]["1.2.3.1"]["Instances"].values()))["ImageFrames"][0]
+
+    def last() -> Any:
+        return store.client.get_image_set(datastoreId=store.datastore_id, imageSetId=image_set)["lastAccessedAt"]
+
+    def read_frame() -> None:
+        store.client.get_image_frame(
+            datastoreId=store.datastore_id, imageSetId=image_set, imageFrameInformation={"imageFrameId": frame["ID"]}
+        )["imageFrameBlob"].read()
+
+    for access in (
+        lambda: document(store, image_set),
+        read_frame,
+        lambda: copied(store, image_set),
+        lambda: update(store, image_set, updatableAttributes={"Patient": {"DICOM": {"PatientComments": "x"}}}),
+    ):
+        before = last()
+        time.sleep(0.01)
+        access()
+        settled(store, image_set)
+        assert last() > before
+        found = store.client.search_image_sets(
+            datastoreId=store.datastore_id,
+            searchCriteria={"filters": [{"operator": "EQUAL", "values": [{"DICOMSeriesInstanceUID": "1.2.3.1"}]}]},
+        )["imageSetsMetadataSummaries"]
+        assert last() in [each["lastAccessedAt"] for each in found]
 
 
 def test_private_elements_go_in_with_force(store: DataStore) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ahi_ml.local.accesses import Accesses
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, ImageSet
 from ahi_ml.local.ingest.runner import JobRunner
@@ -47,6 +48,8 @@ class Context:
         Does afterwards what answers promise, one after the other.
     injector : Injector
         Faults in force.
+    accesses : Accesses
+        When image sets were last used.
     clock : callable
         Seconds since the epoch.
     """
@@ -59,6 +62,7 @@ class Context:
     secret: bytes
     settling: Settling
     injector: Injector
+    accesses: Accesses
     clock: Callable[[], float] = _now
 
     def datastore_arn(self, datastore_id: str) -> str:
@@ -104,9 +108,11 @@ class Context:
 
         self.settling.submit(run, self.injector.faults.slow_s)
 
-    def image_set(self, datastore_id: str, image_set_id: str, *, deleted: bool = False) -> ImageSet:
-        """An image set, or the service's fault; deleted ones only when asked for."""
-        self.datastore(datastore_id)
+    def image_set(
+        self, datastore_id: str, image_set_id: str, *, deleted: bool = False, active: bool = True
+    ) -> ImageSet:
+        """An image set, or the service's fault; deleted ones only when asked for. `active` as in `datastore`."""
+        self.datastore(datastore_id, active=active)
         found = self.catalog.image_set(datastore_id, image_set_id)
         if found is None or (found.deleted is not None and not deleted):
             raise ServiceFault(

@@ -107,6 +107,7 @@ def update_image_set_metadata(context: Context, params: Json) -> Json:
                 )
             siblings = context.catalog.primaries(found.datastore_id, study_uid=found.study_uid or "")
             others = [_unlocked(context, each, None) for each in siblings if each.id != found.id]
+        context.accesses.note(found.id)
         forced = force or None
         version = _lock(context, found, "UPDATING", forced=forced)
         locked = [(found, version)]
@@ -188,6 +189,7 @@ def copy_image_set(context: Context, params: Json) -> Json:
             destination, version = _new_copy(context, source, promote=promote, forced=force or None, now=now)
         source_version = context.catalog.version(source.id, source.version)
         assert source_version is not None
+        context.accesses.note(source.id)
         reading = replace(source_version, state="LOCKED")
         context.catalog.save_version(reading)
 

@@ -25,6 +25,8 @@ _NEVER = frozenset({"PixelData", "FloatPixelData", "DoubleFloatPixelData"})
 _UIDS = frozenset({"StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"})
 _FORCED = _UIDS | {"StudyID"}
 _HEX = re.compile(r"[0-9A-F]{8}")
+_UID = re.compile(r"[0-9.]{1,256}")
+_NAME = re.compile(r"[A-Za-z0-9]{1,64}")
 # Longest value and characters of the VRs that bound them (PS3.5 6.2).
 _FORMS = {
     "AE": re.compile(r"[ -\[\]-~]{0,16}"),
@@ -70,7 +72,7 @@ def parse_tree(text: str | bytes, member: str) -> Json:
     if not isinstance(tree, dict) or str(tree.get("SchemaVersion")) != "1.1":
         raise InvalidEdit(f"{member} must be a JSON object with SchemaVersion 1.1")
     if unknown := set(tree) - {"SchemaVersion", "Patient", "Study"}:
-        raise InvalidEdit(f"{member} names what cannot be changed: {', '.join(sorted(unknown))}")
+        raise InvalidEdit(f"{member} names what cannot be changed: {', '.join(sorted(map(_shown, unknown)))}")
     for _ in _nodes(tree, member):
         pass
     return tree
@@ -127,11 +129,15 @@ def _check_element(level: str, key: str, value: Any, member: str, *, force: bool
         raise InvalidEdit(f"{key} cannot be changed")
     if key in _UIDS and primary:
         raise InvalidEdit(f"{key} of a primary image set cannot be changed: copy the image set, then change the copy")
+    if key in _UIDS and member == "removableAttributes":
+        raise InvalidEdit(f"{key} cannot be removed: give another one")
+    if key in _UIDS and not (isinstance(value, str) and _UID.fullmatch(value)):
+        raise InvalidEdit(f"{key} is digits and dots, at most 256, with force as well")
     tag = datadict.tag_for_keyword(key)
     if tag is not None and LEVEL_OF.get(key, "Instance") != level:
         raise InvalidEdit(f"{key} belongs to the {LEVEL_OF.get(key, 'Instance')} level, not to {level}")
     if tag is None and not _HEX.fullmatch(key):
-        raise InvalidEdit(f"{key} is no DICOM attribute")
+        raise InvalidEdit(f"{_shown(key)} is no DICOM attribute")
     if force:
         return
     if key in _FORCED:
@@ -143,6 +149,11 @@ def _check_element(level: str, key: str, value: Any, member: str, *, force: bool
         raise InvalidEdit(f"changing {key}, a sequence or a multi-valued attribute, needs force")
     if member == "updatableAttributes" and value is not None and not _fits(vr, value):
         raise InvalidEdit(f"the value given for {key} does not fit its VR {vr}: that needs force")
+
+
+def _shown(key: str) -> str:
+    """A key as messages name it: one that cannot be a keyword or a tag may be anything, a patient's name as well."""
+    return key if _NAME.fullmatch(key) else "a name of the request"
 
 
 def _fits(vr: str, value: Any) -> bool:

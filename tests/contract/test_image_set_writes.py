@@ -192,6 +192,29 @@ def test_accesses_are_noted(store: DataStore) -> None:
         assert last() in [each["lastAccessedAt"] for each in found]
 
 
+@pytest.mark.parametrize("value", [None, "", "1.2.x", "1 2", {"a": 1}, ["1.2"], 12, True, "1" * 257])
+def test_a_uid_stays_one(store: DataStore, value: Any) -> None:
+    """Searches show UIDs, and documents have them for keys: not even force makes them anything else."""
+    made = copied(store, image_set_of(store))
+    instance = {"1.2.3.9.0": {"DICOM": {"SOPInstanceUID": value}}}
+    for study in (
+        {"DICOM": {"StudyInstanceUID": value}},
+        {"Series": {"1.2.3.1": {"DICOM": {"SeriesInstanceUID": value}}}},
+        {"Series": {"1.2.3.1": {"Instances": instance}}},
+    ):
+        for member in ("updatableAttributes", "removableAttributes"):
+            assert "InstanceUID" in refused(
+                "ValidationException", update, store, made, force=True, **{member: {"Study": study}}
+            )
+
+
+def test_a_message_names_no_patient(store: DataStore) -> None:
+    for tree in ({"Patient": {"DICOM": {"DOE^JANE": "A"}}}, {"DOE^JANE": {}}):
+        message = refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree)
+        assert "a name of the request" in message
+        assert "DOE" not in message
+
+
 def test_private_elements_go_in_with_force(store: DataStore) -> None:
     image_set = image_set_of(store)
     tree = {

@@ -84,6 +84,19 @@ def _split_query(query: str) -> dict[str, str]:
     return fields
 
 
+def _plain_path(path: str) -> str:
+    """A path without empty and dot segments, as signers write it. They may send it with them all the same."""
+    if "//" not in path and "/." not in path:
+        return path
+    kept: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del kept[-1:]
+        elif part not in ("", "."):
+            kept.append(part)
+    return f"/{'/'.join(kept)}{'/' if kept and path.endswith('/') else ''}"
+
+
 def _encode(text: str) -> str:
     """Encode part of a query anew, by its bytes: they need not be any encoding's."""
     return quote(unquote_to_bytes(text.encode("utf-8", "surrogatepass")), safe="")
@@ -100,7 +113,7 @@ def _canonical_query(query: str) -> str:
 
 def _canonical_request(request: HttpRequest, query: str, names: Sequence[str], payload_hash: str) -> str:
     lines = [f"{name}:{_BLANKS.sub(' ', request.headers[name].strip(_BLANK))}\n" for name in names]
-    path = quote(request.raw_path, safe="/", errors="surrogatepass")
+    path = quote(_plain_path(request.raw_path), safe="/", errors="surrogatepass")
     return f"{request.method}\n{path}\n{_canonical_query(query)}\n{''.join(lines)}\n{';'.join(names)}\n{payload_hash}"
 
 
@@ -178,7 +191,8 @@ class Verifier:
         """Return the access key id that signed a request.
 
         The canonical path is the path as sent, encoded once more (``%3A`` becomes ``%253A``), as everywhere
-        but in S3. Dot segments are not resolved: what was signed is what gets routed.
+        but in S3, and without empty and dot segments. What gets routed is the path with them: no parameter in
+        a path may be or hold one, so that it is no other request than was signed.
 
         I/O: none.
 

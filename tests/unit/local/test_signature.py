@@ -107,6 +107,15 @@ def test_arn_in_path_in_any_encoding(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["/", "//", "/.", "/..", "/a//b", "/a/./b", "/a/../b", "/a/..", "/../a", "/a/b/", "/a//", "/.a/b..", "/a/.../b"],
+)
+def test_segments_that_say_nothing_are_not_signed(path: str) -> None:
+    assert verifier().verify(sign("GET", path)) == KEY
+    assert refuse(replace(sign("GET", path), raw_path="/c")).code == "InvalidSignatureException"
+
+
+@pytest.mark.parametrize(
     "query",
     [
         "nextToken=a%2Bb%3D%2F%20c",

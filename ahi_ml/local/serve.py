@@ -38,6 +38,7 @@ _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
 _LOCK_ELSEWHERE_S = 2.0
 _LOOPBACK = "127.0.0.1"
+_ANY = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}
 
 
 def serve_folder(
@@ -135,7 +136,7 @@ async def _serve(
     jobs = JobRunner(catalog, blobs, folder, injector)
     jobs.recover()
     listener = _listen(host, port)
-    address = "127.0.0.1" if host == "0.0.0.0" else host
+    address = _ANY.get(host, f"[{host}]" if ":" in host else host)
     endpoint = Endpoint(
         url=f"http://{address}:{listener.getsockname()[1]}",
         lease_port=0,

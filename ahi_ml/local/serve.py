@@ -37,6 +37,7 @@ _LINGER_S = 3.0
 _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
 _LOCK_ELSEWHERE_S = 2.0
+_MOST_STRANGERS = 64
 _LOOPBACK = "127.0.0.1"
 _ANY = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}
 
@@ -245,16 +246,23 @@ class _Leases:
         self._injector, self._faults, self._token = injector, faults, token
         self._stop, self._idle, self._until_stopped = stop, idle, until_stopped
         self._held: dict[asyncio.StreamWriter, Faults | None] = {}
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # have not greeted yet, oldest first
         self._quiet_since = time.monotonic() + _FIRST_LEASE_S - _LINGER_S
         self._stopping = False
 
     async def hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One lease, from its greeting to the end of its connection."""
+        self._strangers[writer] = None
+        if len(self._strangers) > _MOST_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()  # whoever wants a lease greets at once
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
             if self._stopping or hello.get("proof") != proof(self._token, "hello"):
                 return
             self._held[writer] = Faults.parse(hello["faults"]) if hello.get("faults") else None
+            self._strangers.pop(writer, None)
             self._apply_faults()
             writer.write(proof(self._token, "ready").encode() + b"\n")
             await writer.drain()
@@ -262,6 +270,7 @@ class _Leases:
         except (OSError, ValueError, TypeError, AttributeError, TimeoutError, RecursionError):
             return
         finally:
+            self._strangers.pop(writer, None)
             if self._held.pop(writer, False) is not False:
                 self._quiet_since = time.monotonic()
                 self._apply_faults()

@@ -25,6 +25,7 @@ __all__ = ["Context"]
 
 _LOG = logging.getLogger(__name__)
 _PAGE = 50
+_AGAIN_S = 5.0
 Row = TypeVar("Row")
 
 
@@ -92,7 +93,7 @@ class Context:
         work : callable
             Settles the write.
         failed : callable
-            Settles it as failed when `work` raises: nothing stays LOCKED.
+            Settles it as failed when `work` raises, and is tried until it succeeds: nothing stays LOCKED.
         """
 
         def run() -> None:
@@ -101,10 +102,14 @@ class Context:
                     work()
             except Exception:
                 _LOG.exception("a write failed")
-                try:
-                    failed()
-                except Exception:
-                    _LOG.exception("a failed write could not be settled")
+                settle()
+
+        def settle() -> None:
+            try:
+                failed()
+            except Exception:
+                _LOG.exception("a failed write could not be settled")
+                self.settling.submit(settle, _AGAIN_S)  # a disk that is full may have room again
 
         self.settling.submit(run, self.injector.faults.slow_s)
 

@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 from pydicom import datadict
+from pydicom.valuerep import VR
 
 from ahi_ml.local.ingest.levels import LEVEL_OF
 
@@ -44,6 +45,7 @@ _FORMS = {
     "TM": re.compile(r"(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?)? *"),
     "UI": re.compile(r"[0-9.]{0,64}"),
 }
+_VRS = frozenset(str(vr.value) for vr in VR if len(vr.value) == 2)
 _NUMERIC = frozenset({"US", "SS", "UL", "SL", "FL", "FD", "SV", "UV"})
 
 
@@ -52,7 +54,10 @@ class InvalidEdit(Exception):
 
 
 class EditFailure(Exception):
-    """The edit does not fit the document: the attempt fails and leaves a version that says so."""
+    """The edit does not fit the document: the attempt fails and leaves a version that says so.
+
+    The text is shown as a ``message``, in which the service's model has no semicolon, among others.
+    """
 
 
 def parse_tree(text: str | bytes, member: str) -> Json:
@@ -120,6 +125,9 @@ def check(tree: Json, member: str, *, force: bool, primary: bool) -> None:
     for level, _, _, node in _nodes(tree, member):
         for key, value in (node.get("DICOM") or {}).items():
             _check_element(level, key, value, member, force=force, primary=primary)
+        for key, vr in (node.get("DICOMVRs") or {}).items():
+            if not _HEX.fullmatch(key) or vr not in _VRS:
+                raise InvalidEdit("DICOMVRs gives a VR, such as LO, to a tag of eight hexadecimal digits")
         if member == "removableAttributes" and level in ("Series", "Instance") and not node and not force:
             raise InvalidEdit("removing instances or series needs force")
 
@@ -220,7 +228,7 @@ def apply_removals(document: Json, tree: Json) -> Json:
             del elements[key]
             target.get("DICOMVRs", {}).pop(key, None)
     if not any(series["Instances"] for series in all_series.values()):
-        raise EditFailure("INVALID_REQUEST: an image set keeps at least one instance; delete it instead")
+        raise EditFailure("INVALID_REQUEST: an image set keeps at least one instance: delete it instead")
     return document
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pydicom
 import pytest
 from botocore.exceptions import ClientError
+from model_check import hold_to_the_model
 from pydicom.data import get_testdata_file
 from pydicom.uid import generate_uid
 
 import ahi_ml
 from ahi_ml import DataStore
+from ahi_ml.local.ingest import commit
+from ahi_ml.local.operations import writes
 
 Json = dict[str, Any]
 
@@ -36,6 +41,7 @@ def store(tmp_path: Path) -> Iterator[DataStore]:
     with ahi_ml.connect(tmp_path / "store", cache=tmp_path / "cache") as opened:
         opened.progress = False
         assert opened.import_dicom(scans).imported == 4
+        hold_to_the_model(opened.client)
         yield opened
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
@@ -190,6 +196,49 @@ def test_accesses_are_noted(store: DataStore) -> None:
             searchCriteria={"filters": [{"operator": "EQUAL", "values": [{"DICOMSeriesInstanceUID": "1.2.3.1"}]}]},
         )["imageSetsMetadataSummaries"]
         assert last() in [each["lastAccessedAt"] for each in found]
+
+
+def test_failures_say_what_the_model_allows(store: DataStore) -> None:
+    """Each answer is held against the model, and so are the messages of failures."""
+    made = copied(store, image_set_of(store))
+    removals: list[Json] = [
+        {"Study": {"Series": {"1.2.3.1": {}}}},
+        {"Study": {"Series": {"1.2.3.1": {"Instances": {"1.2.3.9.7": {}}}}}},
+        {"Study": {"Series": {"1.2.3.7": {}}}},
+        {"Patient": {"DICOM": {"PatientName": "NOBODY"}}},
+    ]
+    for number, tree in enumerate(removals, 1):
+        update(store, made, str(number), removableAttributes=tree, force=True)
+        assert settled(store, made)["imageSetWorkflowStatus"] == "UPDATE_FAILED"
+    update(store, made, "5", updatableAttributes={"Patient": {"DICOM": {"PatientName": "OTHER"}}})
+    settled(store, made)
+    for latest, source in ("6", image_set_of(store)), ("7", image_set_of(store, "1.2.3.2")):
+        store.client.copy_image_set(
+            datastoreId=store.datastore_id,
+            sourceImageSetId=source,
+            copyImageSetInformation={
+                "sourceImageSet": {"latestVersionId": "1"},
+                "destinationImageSet": {"imageSetId": made, "latestVersionId": latest},
+            },
+        )
+        assert settled(store, made)["imageSetWorkflowStatus"] == "COPY_FAILED"
+        settled(store, source)
+    answer = store.client.list_image_set_versions(datastoreId=store.datastore_id, imageSetId=made)
+    assert len([each for each in answer["imageSetPropertiesList"] if "message" in each]) == 6
+
+
+def test_messages_of_writes_cut_short_are_the_models() -> None:
+    shape = botocore.session.get_session().get_service_model("medical-imaging").shape_for("Message")
+    for message in (commit._CUT_SHORT, writes._CUT_SHORT):
+        assert re.fullmatch(shape.metadata["pattern"], message, re.ASCII)
+
+
+@pytest.mark.parametrize("vrs", [{"001910F9": 7}, {"001910F9": "QQ"}, {"Name": "LO"}, {"001910F9": None}])
+def test_a_vr_is_one(store: DataStore, vrs: Json) -> None:
+    element = {"1.2.3.9.0": {"DICOM": {"001910F9": "97"}, "DICOMVRs": vrs}}
+    tree = {"Study": {"Series": {"1.2.3.1": {"Instances": element}}}}
+    message = refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree, force=True)
+    assert "DICOMVRs" in message
 
 
 @pytest.mark.parametrize("value", [None, "", "1.2.x", "1 2", {"a": 1}, ["1.2"], 12, True, "1" * 257])

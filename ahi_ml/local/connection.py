@@ -25,18 +25,20 @@ _UPGRADE = re.compile(rb"^upgrade(?=[ \t]*:)", re.I | re.M)
 
 def make_room() -> int:
     """How many connections the process may hold; raises its limit of open files when that can be. I/O: none."""
-    with contextlib.suppress(ImportError):  # Windows has no such limit
+    try:
         import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = _MOST_CONNECTIONS + _OWN_FILES
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
+    except ImportError:  # Windows has no such limit
+        return _MOST_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    wanted = _MOST_CONNECTIONS + _OWN_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < most:
+        with contextlib.suppress(OSError, ValueError):  # the system may have a lower one than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
-        if soft != resource.RLIM_INFINITY:
-            return max(min(_MOST_CONNECTIONS, soft - _OWN_FILES), 16)
-    return _MOST_CONNECTIONS
+    return max(min(_MOST_CONNECTIONS, soft - _OWN_FILES), 16)
 
 
 class BoundedConnection(HttpToolsProtocol):

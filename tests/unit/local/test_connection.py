@@ -178,9 +178,31 @@ def test_what_does_not_come_is_not_waited_for(
     assert time.monotonic() - begun < 5
 
 
-def test_connections_leave_files_for_the_store() -> None:
+@pytest.mark.parametrize(
+    ("soft", "hard", "allowed", "expected"),
+    [
+        (1024, 4096, True, 1024),
+        (1024, -1, True, 1024),
+        (256, -1, True, 1024),
+        (256, -1, False, 16),
+        (1024, 1024, True, 768),
+        (100, 100, True, 16),
+        (-1, -1, False, 1024),
+    ],
+)
+def test_connections_leave_files_for_the_store(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, allowed: bool, expected: int
+) -> None:
     resource = pytest.importorskip("resource")
-    most = make_room()
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert 16 <= most <= 1024
-    assert soft == resource.RLIM_INFINITY or most == 16 or most + 256 <= soft
+    limits = [(soft, hard)]
+
+    def change(_: int, asked: tuple[int, int]) -> None:
+        if not allowed:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(asked)
+
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", change)
+    assert make_room() == expected
+    assert limits[-1] == (max(soft, min(1280, hard if hard > 0 else 1280)), hard) or not allowed

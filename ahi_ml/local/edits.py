@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 from pydicom import datadict
+from pydicom.valuerep import VR
 
 from ahi_ml.local.ingest.levels import LEVEL_OF
 
@@ -25,6 +26,8 @@ _NEVER = frozenset({"PixelData", "FloatPixelData", "DoubleFloatPixelData"})
 _UIDS = frozenset({"StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"})
 _FORCED = _UIDS | {"StudyID"}
 _HEX = re.compile(r"[0-9A-F]{8}")
+_UID = re.compile(r"[0-9.]{1,256}")
+_NAME = re.compile(r"[A-Za-z0-9]{1,64}")
 # Longest value and characters of the VRs that bound them (PS3.5 6.2).
 _FORMS = {
     "AE": re.compile(r"[ -\[\]-~]{0,16}"),
@@ -42,6 +45,7 @@ _FORMS = {
     "TM": re.compile(r"(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?)? *"),
     "UI": re.compile(r"[0-9.]{0,64}"),
 }
+_VRS = frozenset(str(vr.value) for vr in VR if len(vr.value) == 2)
 _NUMERIC = frozenset({"US", "SS", "UL", "SL", "FL", "FD", "SV", "UV"})
 
 
@@ -50,7 +54,10 @@ class InvalidEdit(Exception):
 
 
 class EditFailure(Exception):
-    """The edit does not fit the document: the attempt fails and leaves a version that says so."""
+    """The edit does not fit the document: the attempt fails and leaves a version that says so.
+
+    The text is shown as a ``message``, in which the service's model has no semicolon, among others.
+    """
 
 
 def parse_tree(text: str | bytes, member: str) -> Json:
@@ -70,7 +77,7 @@ def parse_tree(text: str | bytes, member: str) -> Json:
     if not isinstance(tree, dict) or str(tree.get("SchemaVersion")) != "1.1":
         raise InvalidEdit(f"{member} must be a JSON object with SchemaVersion 1.1")
     if unknown := set(tree) - {"SchemaVersion", "Patient", "Study"}:
-        raise InvalidEdit(f"{member} names what cannot be changed: {', '.join(sorted(unknown))}")
+        raise InvalidEdit(f"{member} names what cannot be changed: {', '.join(sorted(map(_shown, unknown)))}")
     for _ in _nodes(tree, member):
         pass
     return tree
@@ -118,6 +125,9 @@ def check(tree: Json, member: str, *, force: bool, primary: bool) -> None:
     for level, _, _, node in _nodes(tree, member):
         for key, value in (node.get("DICOM") or {}).items():
             _check_element(level, key, value, member, force=force, primary=primary)
+        for key, vr in (node.get("DICOMVRs") or {}).items():
+            if not _HEX.fullmatch(key) or vr not in _VRS:
+                raise InvalidEdit("DICOMVRs gives a VR, such as LO, to a tag of eight hexadecimal digits")
         if member == "removableAttributes" and level in ("Series", "Instance") and not node and not force:
             raise InvalidEdit("removing instances or series needs force")
 
@@ -127,11 +137,15 @@ def _check_element(level: str, key: str, value: Any, member: str, *, force: bool
         raise InvalidEdit(f"{key} cannot be changed")
     if key in _UIDS and primary:
         raise InvalidEdit(f"{key} of a primary image set cannot be changed: copy the image set, then change the copy")
+    if key in _UIDS and member == "removableAttributes":
+        raise InvalidEdit(f"{key} cannot be removed: give another one")
+    if key in _UIDS and not (isinstance(value, str) and _UID.fullmatch(value)):
+        raise InvalidEdit(f"{key} is digits and dots, at most 256, with force as well")
     tag = datadict.tag_for_keyword(key)
     if tag is not None and LEVEL_OF.get(key, "Instance") != level:
         raise InvalidEdit(f"{key} belongs to the {LEVEL_OF.get(key, 'Instance')} level, not to {level}")
     if tag is None and not _HEX.fullmatch(key):
-        raise InvalidEdit(f"{key} is no DICOM attribute")
+        raise InvalidEdit(f"{_shown(key)} is no DICOM attribute")
     if force:
         return
     if key in _FORCED:
@@ -143,6 +157,11 @@ def _check_element(level: str, key: str, value: Any, member: str, *, force: bool
         raise InvalidEdit(f"changing {key}, a sequence or a multi-valued attribute, needs force")
     if member == "updatableAttributes" and value is not None and not _fits(vr, value):
         raise InvalidEdit(f"the value given for {key} does not fit its VR {vr}: that needs force")
+
+
+def _shown(key: str) -> str:
+    """A key as messages name it: one that cannot be a keyword or a tag may be anything, a patient's name as well."""
+    return key if _NAME.fullmatch(key) else "a name of the request"
 
 
 def _fits(vr: str, value: Any) -> bool:
@@ -209,7 +228,7 @@ def apply_removals(document: Json, tree: Json) -> Json:
             del elements[key]
             target.get("DICOMVRs", {}).pop(key, None)
     if not any(series["Instances"] for series in all_series.values()):
-        raise EditFailure("INVALID_REQUEST: an image set keeps at least one instance; delete it instead")
+        raise EditFailure("INVALID_REQUEST: an image set keeps at least one instance: delete it instead")
     return document
 
 

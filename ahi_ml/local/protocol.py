@@ -99,7 +99,7 @@ class _Input:
         literals = [re.escape(text) for text in _LABEL.split(path)[::2]]
         self.pattern = f"{operation.http['method']} {'([^/]*)'.join(literals)}"
         if greedy:
-            self.pattern = self.pattern.removesuffix("([^/]*)") + "(.+)"
+            self.pattern = self.pattern.removesuffix("([^/]*)") + "(.*)"
         self.query = [
             (n, wire_name(shape, n), shape.members[n].type_name == "list", check_of(shape.members[n], "text"))
             for n in _members_at(shape, "querystring")

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -37,9 +37,9 @@ _LINGER_S = 3.0
 _FIRST_LEASE_S = 30.0
 _LOCK_S = 15.0
 _LOCK_ELSEWHERE_S = 2.0
+_MOST_STRANGERS = 64
 _LOOPBACK = "127.0.0.1"
-_MOST_HEAD = 64 * 1024
-_MOST_CONNECTIONS = 1024
+_ANY = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}
 
 
 def serve_folder(
@@ -109,8 +109,10 @@ async def _serve(
     # Heavy imports come after the lock is won: a candidate that loses costs a bare interpreter.
     import uvicorn
 
+    from ahi_ml.local.accesses import Accesses
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
+    from ahi_ml.local.connection import BoundedConnection, make_room
     from ahi_ml.local.ingest.runner import JobRunner
     from ahi_ml.local.injector import Injector
     from ahi_ml.local.operations import Context
@@ -126,6 +128,7 @@ async def _serve(
     gc.set_threshold(50_000, 50, 50)
     warnings.filterwarnings("ignore", module="pydicom")  # remarks on odd values; a job's report has its own
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # or whoever sends rubbish fills the disk
     keys = folder.keys()
     catalog = Catalog(folder.catalog)
     blobs = BlobStore(folder.blobs)
@@ -134,7 +137,7 @@ async def _serve(
     jobs = JobRunner(catalog, blobs, folder, injector)
     jobs.recover()
     listener = _listen(host, port)
-    address = "127.0.0.1" if host == "0.0.0.0" else host
+    address = _ANY.get(host, f"[{host}]" if ":" in host else host)
     endpoint = Endpoint(
         url=f"http://{address}:{listener.getsockname()[1]}",
         lease_port=0,
@@ -144,7 +147,8 @@ async def _serve(
     )
     settling = Settling()
     secret = bytes.fromhex(keys.page_secret)
-    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, secret, settling, injector)
+    accesses = Accesses(catalog, settling)
+    context = Context(catalog, blobs, jobs, endpoint.region, endpoint.account, secret, settling, injector, accesses)
     recover_writes(context)
     recover_datastores(context)
     # Nobody waits for the sweep, and its thread ends with the process wherever it is.
@@ -153,8 +157,8 @@ async def _serve(
     application = Application(context, verifier)
     config = uvicorn.Config(
         application,
-        http=_bounded_protocol(),
-        limit_concurrency=_MOST_CONNECTIONS,
+        http=BoundedConnection,
+        limit_concurrency=make_room(),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -223,35 +227,6 @@ def _sweep(blobs: BlobStore, catalog: Catalog) -> None:
         _LOG.debug("the sweep of unused blobs was cut short", exc_info=True)
 
 
-def _bounded_protocol() -> Any:
-    """uvicorn's protocol with a bound on what comes before the headers end: nobody is authenticated yet."""
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-    from ahi_ml.local.server import TRANSPORT
-
-    class Bounded(HttpToolsProtocol):
-        head_bytes = 0
-        in_head = True
-
-        def data_received(self, data: bytes) -> None:
-            if self.in_head:
-                self.head_bytes += len(data)
-            super().data_received(data)
-            if self.in_head and self.head_bytes > _MOST_HEAD:
-                self.transport.close()
-
-        def on_message_begin(self) -> None:
-            self.in_head, self.head_bytes = True, 0
-            super().on_message_begin()
-            self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
-
-        def on_headers_complete(self) -> None:
-            self.in_head = False
-            super().on_headers_complete()
-
-    return Bounded
-
-
 def _fields(endpoint: Endpoint) -> dict[str, object]:
     return {name: getattr(endpoint, name) for name in Endpoint.__dataclass_fields__}
 
@@ -271,16 +246,23 @@ class _Leases:
         self._injector, self._faults, self._token = injector, faults, token
         self._stop, self._idle, self._until_stopped = stop, idle, until_stopped
         self._held: dict[asyncio.StreamWriter, Faults | None] = {}
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # have not greeted yet, oldest first
         self._quiet_since = time.monotonic() + _FIRST_LEASE_S - _LINGER_S
         self._stopping = False
 
     async def hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One lease, from its greeting to the end of its connection."""
+        self._strangers[writer] = None
+        if len(self._strangers) > _MOST_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()  # whoever wants a lease greets at once
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
             if self._stopping or hello.get("proof") != proof(self._token, "hello"):
                 return
             self._held[writer] = Faults.parse(hello["faults"]) if hello.get("faults") else None
+            self._strangers.pop(writer, None)
             self._apply_faults()
             writer.write(proof(self._token, "ready").encode() + b"\n")
             await writer.drain()
@@ -288,6 +270,7 @@ class _Leases:
         except (OSError, ValueError, TypeError, AttributeError, TimeoutError, RecursionError):
             return
         finally:
+            self._strangers.pop(writer, None)
             if self._held.pop(writer, False) is not False:
                 self._quiet_since = time.monotonic()
                 self._apply_faults()

@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from ahi_ml.local.injector import Fate
@@ -20,13 +21,13 @@ from ahi_ml.local.operations import Context, call
 from ahi_ml.local.protocol import HttpRequest, HttpResponse, Protocol, ServiceFault
 from ahi_ml.local.signature import Verifier
 
-__all__ = ["TRANSPORT", "Application"]
+__all__ = ["CONNECTION", "Application"]
 
 _LOG = logging.getLogger(__name__)
-_MOST_BODY = 2**20  # the largest member of any request is 260,000 characters
+_MOST_BODY = 4 * 2**20  # 260,000 characters to copy, each escaped in JSON, or 1,000 paths of metadata files
 _INLINE = frozenset({"GetImageFrame"})
-TRANSPORT = "ahi_ml.transport"
-"""Where the scope of a request holds its connection: faults cut it."""
+CONNECTION = "ahi_ml.connection"
+"""Where the scope of a request holds its connection: faults cut it, and a good signature makes it a known one."""
 _NO_ANSWER = HttpResponse(500, [], b"")
 _RESET = struct.pack("ii", 1, 0)  # struct linger: closing sends RST
 
@@ -86,14 +87,17 @@ class Application:
         await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Message, receive: Receive, request_id: str) -> tuple[Fate, HttpResponse]:
-        request = HttpRequest(
+        head = HttpRequest(
             scope["method"],
             scope["raw_path"].decode("latin-1"),
             scope["query_string"].decode("latin-1"),
-            {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
-            await _body(receive),
+            _headers(scope["headers"]),
+            b"",
         )
-        self._verifier.verify(request)
+        claim = self._verifier.claim(head)  # nobody sends bodies who does not even claim to be somebody
+        request = replace(head, body=await _body(receive))
+        self._verifier.confirm(claim, request)
+        scope[CONNECTION].known = True
         asked = self._protocol.parse(request)
         self._injector.admit(asked.operation)
         if self._injector.resets(asked.operation):
@@ -106,9 +110,17 @@ class Application:
         return self._injector.fate(asked.operation), self._protocol.serialise(asked.operation, result, request_id)
 
 
+def _headers(sent: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for name, value in sent:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        headers[key] = f"{headers[key]},{text}" if key in headers else text  # repeated ones are one, as they are signed
+    return headers
+
+
 async def _cut(scope: Message, *, reset: bool) -> None:
     """End the connection of a request: with a reset, or after what was written has gone out."""
-    transport = scope[TRANSPORT]
+    transport = scope[CONNECTION].transport
     if reset:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         transport.abort()

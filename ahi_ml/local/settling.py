@@ -26,8 +26,10 @@ class Settling:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None], delay_s: float = 0.0) -> None:
-        """Run `work` once, after so many seconds."""
+        """Run `work` once, after so many seconds; not any more once it is closing."""
         with self._changed:
+            if self._closing:
+                return
             heapq.heappush(self._due, (time.monotonic() + delay_s, next(self._number), work))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ahi-ml-settle", daemon=True)

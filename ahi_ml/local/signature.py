@@ -1,7 +1,7 @@
 """AWS Signature Version 4 seen from the server, beside the floors: is this request from who it says?
 
-Header-signed requests with long-lived keys only, as SDKs send them. Everything is computed from the request
-itself: what a client says about its own body or query is never believed.
+Requests signed with long-lived keys, in a header as SDKs do or in the query (presigned URLs). Everything is
+computed from the request itself: what a client says about its own body or query is never believed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NoReturn
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from ahi_ml.local.protocol import HttpRequest, ServiceFault
 
-__all__ = ["Verifier"]
+__all__ = ["Claim", "Verifier"]
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _STAMP = re.compile(r"[0-9]{8}T[0-9]{6}Z")
 _STAMP_FORMAT = "%Y%m%dT%H%M%SZ"
 _SIGNATURE = re.compile(r"[0-9a-f]{64}")
+_BLANK = " \t\r\n\f\v"  # str.split would take bytes of UTF-8 for blanks, as headers are read as Latin-1
+_BLANKS = re.compile(r"[ \t\r\n\f\v]+")
+_EXPIRES = re.compile(r"[0-9]{1,9}")
+_SIGNED_IN_QUERY = "X-Amz-Signature="
+_LONGEST_PRESIGNED_S = 604_800
 _PLAIN_QUERY = re.compile(r"[A-Za-z0-9_.~=&-]*")
 _MISMATCH = (
     "The request signature we calculated does not match the signature you provided. "
@@ -61,9 +67,39 @@ def _split_authorization(value: str) -> dict[str, str]:
     return fields
 
 
-def _encode(text: str, safe: str = "") -> str:
-    # Lone surrogates are encoded as they stand: they never match a signature, and must not raise either.
-    return quote(text, safe=safe, errors="surrogatepass")
+def _split_query(query: str) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for pair in query.split("&"):
+        name, _, text = pair.partition("=")
+        name = unquote(name)
+        if name.startswith("X-Amz-"):
+            if name in fields:
+                _incomplete("AWS query-string parameters must not repeat")
+            fields[name] = unquote(text)
+    for name in ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Date"):
+        if not fields.get(name):
+            _incomplete(f"AWS query-string parameters must include '{name}'")
+    if fields["X-Amz-Algorithm"] != _ALGORITHM:
+        _incomplete(f"AWS query-string parameters require the algorithm {_ALGORITHM}")
+    return fields
+
+
+def _plain_path(path: str) -> str:
+    """A path without empty and dot segments, as signers write it. They may send it with them all the same."""
+    if "//" not in path and "/." not in path:
+        return path
+    kept: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del kept[-1:]
+        elif part not in ("", "."):
+            kept.append(part)
+    return f"/{'/'.join(kept)}{'/' if kept and path.endswith('/') else ''}"
+
+
+def _encode(text: str) -> str:
+    """Encode part of a query anew, by its bytes: they need not be any encoding's."""
+    return quote(unquote_to_bytes(text.encode("utf-8", "surrogatepass")), safe="")
 
 
 def _canonical_query(query: str) -> str:
@@ -71,20 +107,46 @@ def _canonical_query(query: str) -> str:
         return ""
     pairs = [(key, value) for key, _, value in (pair.partition("=") for pair in query.split("&"))]
     if not _PLAIN_QUERY.fullmatch(query):
-        pairs = [(_encode(unquote(key)), _encode(unquote(value))) for key, value in pairs]
+        pairs = [(_encode(key), _encode(value)) for key, value in pairs]
     return "&".join(f"{key}={value}" for key, value in sorted(pairs))
 
 
-def _canonical_request(request: HttpRequest, names: list[str], payload_hash: str) -> str:
-    lines = [f"{name}:{' '.join(request.headers[name].split())}\n" for name in names]
-    return (
-        f"{request.method}\n{_encode(request.raw_path, '/')}\n{_canonical_query(request.query)}\n"
-        f"{''.join(lines)}\n{';'.join(names)}\n{payload_hash}"
-    )
+def _canonical_request(request: HttpRequest, query: str, names: Sequence[str], payload_hash: str) -> str:
+    lines = [f"{name}:{_BLANKS.sub(' ', request.headers[name].strip(_BLANK))}\n" for name in names]
+    path = quote(_plain_path(request.raw_path), safe="/", errors="surrogatepass")
+    return f"{request.method}\n{path}\n{_canonical_query(query)}\n{''.join(lines)}\n{';'.join(names)}\n{payload_hash}"
 
 
 def _digest(key: bytes, text: str) -> bytes:
-    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256")
+    return hmac.digest(key, text.encode(), "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a request says about who signed it, not confirmed yet.
+
+    Parameters
+    ----------
+    key_id : str
+        A key that is known, so far without proof.
+    scope : tuple of str
+        Date, region, service and terminator of the credential.
+    stamp : str
+        When it was signed.
+    names : list of str
+        The headers that are signed.
+    signature : str
+        Hexadecimal.
+    query : str
+        The query as far as it is signed.
+    """
+
+    key_id: str
+    scope: tuple[str, ...]
+    stamp: str
+    names: list[str]
+    signature: str
+    query: str
 
 
 class Verifier:
@@ -129,7 +191,8 @@ class Verifier:
         """Return the access key id that signed a request.
 
         The canonical path is the path as sent, encoded once more (``%3A`` becomes ``%253A``), as everywhere
-        but in S3. Dot segments are not resolved: what was signed is what gets routed.
+        but in S3, and without empty and dot segments. What gets routed is the path with them: no parameter in
+        a path may be or hold one, so that it is no other request than was signed.
 
         I/O: none.
 
@@ -146,28 +209,44 @@ class Verifier:
         Raises
         ------
         ServiceFault
-            Status 403. MissingAuthenticationTokenException: not signed. IncompleteSignatureException:
-            malformed or presigned. UnrecognizedClientException: unknown key, or a session token.
-            InvalidSignatureException: too old or too new, scoped to something else, or not the signature.
+            Of `claim` and of `confirm`.
         """
-        headers = request.headers
-        authorization = headers.get("authorization", "")
-        if "X-Amz-Signature=" in request.query:
-            _incomplete("Presigned requests are not accepted: sign with the Authorization header")
-        if not authorization:
+        claim = self.claim(request)
+        self.confirm(claim, request)
+        return claim.key_id
+
+    def claim(self, request: HttpRequest) -> Claim:
+        """Read who is said to have signed a request; its body need not be there yet. I/O: none.
+
+        Raises
+        ------
+        ServiceFault
+            Status 403. MissingAuthenticationTokenException: not signed. IncompleteSignatureException:
+            malformed. UnrecognizedClientException: unknown key, or a session token.
+            InvalidSignatureException: too old or too new, or scoped to something else.
+        """
+        headers, query, lasts = request.headers, request.query, None
+        if authorization := headers.get("authorization"):
+            fields = _split_authorization(authorization)
+            credential, signed, signature = fields["Credential"], fields["SignedHeaders"], fields["Signature"]
+            stamp, token = headers.get("x-amz-date", ""), headers.get("x-amz-security-token")
+        elif _SIGNED_IN_QUERY in query:
+            fields = _split_query(query)
+            credential, signed = fields["X-Amz-Credential"], fields["X-Amz-SignedHeaders"]
+            stamp, signature = fields["X-Amz-Date"], fields["X-Amz-Signature"]
+            token = fields.get("X-Amz-Security-Token") or headers.get("x-amz-security-token")
+            query = "&".join(pair for pair in query.split("&") if not pair.startswith(_SIGNED_IN_QUERY))
+            lasts = self._validity(fields.get("X-Amz-Expires"))
+        else:
             _refuse("MissingAuthenticationTokenException", "Missing Authentication Token")
-        fields = _split_authorization(authorization)
-        stamp = headers.get("x-amz-date", "")
         if not _STAMP.fullmatch(stamp):
-            _incomplete("Authorization header requires existence of an 'X-Amz-Date' header in ISO 8601 basic format")
-        scope = fields["Credential"].split("/")
-        if len(scope) != 5:
+            _incomplete("A signature requires existence of an 'X-Amz-Date' header in ISO 8601 basic format")
+        key_id, *scope = credential.split("/")
+        if len(scope) != 4:
             _incomplete("Credential must have the form KEY/DATE/REGION/SERVICE/aws4_request")
-        key_id = scope[0]
-        secret = self._keys.get(key_id)
-        if secret is None:
+        if key_id not in self._keys:
             _refuse("UnrecognizedClientException", "The security token included in the request is invalid.")
-        if headers.get("x-amz-security-token"):
+        if token:
             # These keys come without sessions, so a token is a leftover of other credentials.
             _refuse(
                 "UnrecognizedClientException",
@@ -175,24 +254,42 @@ class Verifier:
                 "tokens: unset AWS_SESSION_TOKEN.",
             )
         self._check_scope(scope, stamp)
-        self._check_age(stamp)
-        names = fields["SignedHeaders"].split(";")
+        self._check_age(stamp, self._max_skew_s if lasts is None else lasts)
+        names = signed.split(";")
         self._check_signed_headers(names, headers)
+        return Claim(key_id, tuple(scope), stamp, names, signature, query)
 
+    def confirm(self, claim: Claim, request: HttpRequest) -> None:
+        """Return when a claim about a request, now with its whole body, is true. I/O: none.
+
+        Raises
+        ------
+        ServiceFault
+            InvalidSignatureException: it is not.
+        """
         body_hash = hashlib.sha256(request.body).hexdigest() if request.body else _EMPTY_SHA256
-        if headers.get("x-amz-content-sha256", body_hash) != body_hash:
+        if request.headers.get("x-amz-content-sha256", body_hash) != body_hash:
             _invalid("The body does not have the SHA-256 of the 'X-Amz-Content-SHA256' header; it must be signed")
-        canonical = _canonical_request(request, names, body_hash)
-        canonical_hash = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
-        text = f"{_ALGORITHM}\n{stamp}\n{'/'.join(scope[1:])}\n{canonical_hash}"
-        expected = _digest(self._signing_key(key_id, secret, scope[1]), text).hex()
-        given = fields["Signature"]
-        if not _SIGNATURE.fullmatch(given) or not hmac.compare_digest(expected, given):
+        canonical = _canonical_request(request, claim.query, claim.names, body_hash)
+        # Headers are Latin-1 here to be the bytes that were sent; what is none of it was never sent.
+        canonical_hash = hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
+        text = f"{_ALGORITHM}\n{claim.stamp}\n{'/'.join(claim.scope)}\n{canonical_hash}"
+        key = self._signing_key(claim.key_id, self._keys[claim.key_id], claim.scope[0])
+        if not _SIGNATURE.fullmatch(claim.signature) or not hmac.compare_digest(
+            _digest(key, text).hex(), claim.signature
+        ):
             _invalid()
-        return key_id
+
+    def _validity(self, expires: str | None) -> float:
+        """How long a request signed in its query may be sent, in seconds."""
+        if expires is None:
+            return self._max_skew_s
+        if not _EXPIRES.fullmatch(expires) or not 0 < int(expires) <= _LONGEST_PRESIGNED_S:
+            _incomplete(f"'X-Amz-Expires' must be a number of seconds up to {_LONGEST_PRESIGNED_S}")
+        return float(expires)
 
     def _check_scope(self, scope: list[str], stamp: str) -> None:
-        _, date, region, service, terminator = scope
+        date, region, service, terminator = scope
         if region != self._region:
             _invalid(f"Credential should be scoped to a valid region, not this one: use '{self._region}'.")
         if service != self._service:
@@ -202,19 +299,19 @@ class Verifier:
         if date != stamp[:8]:
             _invalid("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP.")
 
-    def _check_age(self, stamp: str) -> None:
+    def _check_age(self, stamp: str, lasts: float) -> None:
         now, skew = self._clock(), self._max_skew_s
         try:
             then = datetime.fromisoformat(stamp).timestamp()
         except ValueError:
             _incomplete("'X-Amz-Date' is not a date")
-        if now - skew <= then <= now + skew:
+        if now - lasts <= then <= now + skew:
             return
-        expired = then < now
-        limit = _stamp(now - skew if expired else now + skew)
-        relation = "expired: {} is now earlier than" if expired else "not yet current: {} is still later than"
-        sign = "-" if expired else "+"
-        _invalid(f"Signature {relation.format(stamp)} {limit} ({_stamp(now)} {sign} {skew / 60:g} min.)")
+        if then < now:
+            limit, relation, span = now - lasts, "expired: {} is now earlier than", f"- {lasts / 60:g}"
+        else:
+            limit, relation, span = now + skew, "not yet current: {} is still later than", f"+ {skew / 60:g}"
+        _invalid(f"Signature {relation.format(stamp)} {_stamp(limit)} ({_stamp(now)} {span} min.)")
 
     def _check_signed_headers(self, names: list[str], headers: Mapping[str, str]) -> None:
         if "host" not in names:

@@ -15,7 +15,7 @@ import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError, ConnectionError, ResponseStreamingError
 
 import ahi_ml
-from ahi_ml.errors import ConflictError, ServiceError
+from ahi_ml.errors import ChecksumError, ConflictError, ServiceError
 from ahi_ml.local.process import Lease, attach
 
 CT, MR = "CT_small.dcm", "MR_small.dcm"
@@ -141,6 +141,9 @@ def test_slow_states_of_a_data_store(with_faults: Any) -> None:
     def status() -> str:
         return str(client.get_datastore(datastoreId=made)["datastoreProperties"]["datastoreStatus"])
 
+    arn = client.get_datastore(datastoreId=made)["datastoreProperties"]["datastoreArn"]
+    client.tag_resource(resourceArn=arn, tags={"a": "b"})  # the operations on tags declare no conflict
+    assert client.list_tags_for_resource(resourceArn=arn)["tags"] == {"a": "b"}
     assert status() == "CREATING"
     with pytest.raises(ClientError) as error:
         client.search_image_sets(datastoreId=made)
@@ -148,7 +151,11 @@ def test_slow_states_of_a_data_store(with_faults: Any) -> None:
     assert until(status, "CREATING") == "ACTIVE"
     client.delete_datastore(datastoreId=made)
     assert status() == "DELETING"
+    client.untag_resource(resourceArn=arn, tagKeys=["a"])
     assert until(status, "DELETING") == "DELETED"
+    with pytest.raises(ClientError) as error:
+        client.list_tags_for_resource(resourceArn=arn)
+    assert code_of(error) == ("ResourceNotFoundException", 404)
 
 
 def until(state: Callable[[], str], passing: str) -> str:
@@ -261,11 +268,19 @@ def test_the_reader_gets_right_pixels_through_all_of_it(tmp_path: Path, pydicom_
         with ahi_ml.connect(tmp_path / "store", cache=tmp_path / "cache", faults=faults) as faulty:
             dataset = ahi_ml.FrameDataset(faulty, index, output="stored", cache=None)
             rows = index.frames.reset_index(drop=True)
-            for epoch in range(4):
-                del epoch
-                for at, image in enumerate(dataset.__getitems__(list(range(len(dataset))))):
+            epochs = 0
+            for _ in range(40):
+                try:
+                    images = dataset.__getitems__(list(range(len(dataset))))
+                except ChecksumError:  # the same frame had a wrong byte twice: then no pixels are the right ones
+                    continue
+                for at, image in enumerate(images):
                     expected = truth[rows.sop_instance_uid[at], rows.frame_number[at]]
                     np.testing.assert_array_equal(image["image"].numpy(), expected)
+                epochs += 1
+                if epochs == 4:
+                    break
+            assert epochs == 4
             stats = faulty.reader.stats()
     assert stats["refetched"] > 0
     assert stats["unverified"] == 0

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pydicom
 import pytest
 from botocore.exceptions import ClientError
+from model_check import hold_to_the_model
 from pydicom.data import get_testdata_file
 from pydicom.uid import generate_uid
 
 import ahi_ml
 from ahi_ml import DataStore
+from ahi_ml.local.ingest import commit
+from ahi_ml.local.operations import writes
 
 Json = dict[str, Any]
 
@@ -36,6 +41,7 @@ def store(tmp_path: Path) -> Iterator[DataStore]:
     with ahi_ml.connect(tmp_path / "store", cache=tmp_path / "cache") as opened:
         opened.progress = False
         assert opened.import_dicom(scans).imported == 4
+        hold_to_the_model(opened.client)
         yield opened
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
@@ -72,6 +78,18 @@ def update(store: DataStore, image_set: str, latest: str = "1", **options: Any) 
         updateImageSetMetadataUpdates=body,
         **options,
     )
+
+
+def copied(store: DataStore, image_set: str) -> str:
+    """A copy, not primary, of the first version of an image set."""
+    information = {"sourceImageSet": {"latestVersionId": "1"}}
+    answer = store.client.copy_image_set(
+        datastoreId=store.datastore_id, sourceImageSetId=image_set, copyImageSetInformation=information
+    )
+    made = str(answer["destinationImageSetProperties"]["imageSetId"])
+    settled(store, image_set)
+    assert settled(store, made)["imageSetWorkflowStatus"] == "COPIED"
+    return made
 
 
 def refused(code: str, call: Any, *arguments: Any, **options: Any) -> str:
@@ -147,6 +165,103 @@ def test_instances_are_removed_with_force_and_stay_in_old_versions(store: DataSt
 )
 def test_what_may_not_be_changed_is_refused_by_name(store: DataStore, tree: Json, word: str) -> None:
     assert word in refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree)
+
+
+def test_accesses_are_noted(store: DataStore) -> None:
+    """Reading metadata or frames, updating and copying are accesses; searches and properties are none."""
+    image_set = image_set_of(store)
+    frame = next(iter(document(store, image_set)["Study"]["Series"]["1.2.3.1"]["Instances"].values()))["ImageFrames"][0]
+
+    def last() -> Any:
+        return store.client.get_image_set(datastoreId=store.datastore_id, imageSetId=image_set)["lastAccessedAt"]
+
+    def read_frame() -> None:
+        store.client.get_image_frame(
+            datastoreId=store.datastore_id, imageSetId=image_set, imageFrameInformation={"imageFrameId": frame["ID"]}
+        )["imageFrameBlob"].read()
+
+    for access in (
+        lambda: document(store, image_set),
+        read_frame,
+        lambda: copied(store, image_set),
+        lambda: update(store, image_set, updatableAttributes={"Patient": {"DICOM": {"PatientComments": "x"}}}),
+    ):
+        before = last()
+        time.sleep(0.01)
+        access()
+        settled(store, image_set)
+        assert last() > before
+        found = store.client.search_image_sets(
+            datastoreId=store.datastore_id,
+            searchCriteria={"filters": [{"operator": "EQUAL", "values": [{"DICOMSeriesInstanceUID": "1.2.3.1"}]}]},
+        )["imageSetsMetadataSummaries"]
+        assert last() in [each["lastAccessedAt"] for each in found]
+
+
+def test_failures_say_what_the_model_allows(store: DataStore) -> None:
+    """Each answer is held against the model, and so are the messages of failures."""
+    made = copied(store, image_set_of(store))
+    removals: list[Json] = [
+        {"Study": {"Series": {"1.2.3.1": {}}}},
+        {"Study": {"Series": {"1.2.3.1": {"Instances": {"1.2.3.9.7": {}}}}}},
+        {"Study": {"Series": {"1.2.3.7": {}}}},
+        {"Patient": {"DICOM": {"PatientName": "NOBODY"}}},
+    ]
+    for number, tree in enumerate(removals, 1):
+        update(store, made, str(number), removableAttributes=tree, force=True)
+        assert settled(store, made)["imageSetWorkflowStatus"] == "UPDATE_FAILED"
+    update(store, made, "5", updatableAttributes={"Patient": {"DICOM": {"PatientName": "OTHER"}}})
+    settled(store, made)
+    for latest, source in ("6", image_set_of(store)), ("7", image_set_of(store, "1.2.3.2")):
+        store.client.copy_image_set(
+            datastoreId=store.datastore_id,
+            sourceImageSetId=source,
+            copyImageSetInformation={
+                "sourceImageSet": {"latestVersionId": "1"},
+                "destinationImageSet": {"imageSetId": made, "latestVersionId": latest},
+            },
+        )
+        assert settled(store, made)["imageSetWorkflowStatus"] == "COPY_FAILED"
+        settled(store, source)
+    answer = store.client.list_image_set_versions(datastoreId=store.datastore_id, imageSetId=made)
+    assert len([each for each in answer["imageSetPropertiesList"] if "message" in each]) == 6
+
+
+def test_messages_of_writes_cut_short_are_the_models() -> None:
+    shape = botocore.session.get_session().get_service_model("medical-imaging").shape_for("Message")
+    for message in (commit._CUT_SHORT, writes._CUT_SHORT):
+        assert re.fullmatch(shape.metadata["pattern"], message, re.ASCII)
+
+
+@pytest.mark.parametrize("vrs", [{"001910F9": 7}, {"001910F9": "QQ"}, {"Name": "LO"}, {"001910F9": None}])
+def test_a_vr_is_one(store: DataStore, vrs: Json) -> None:
+    element = {"1.2.3.9.0": {"DICOM": {"001910F9": "97"}, "DICOMVRs": vrs}}
+    tree = {"Study": {"Series": {"1.2.3.1": {"Instances": element}}}}
+    message = refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree, force=True)
+    assert "DICOMVRs" in message
+
+
+@pytest.mark.parametrize("value", [None, "", "1.2.x", "1 2", {"a": 1}, ["1.2"], 12, True, "1" * 257])
+def test_a_uid_stays_one(store: DataStore, value: Any) -> None:
+    """Searches show UIDs, and documents have them for keys: not even force makes them anything else."""
+    made = copied(store, image_set_of(store))
+    instance = {"1.2.3.9.0": {"DICOM": {"SOPInstanceUID": value}}}
+    for study in (
+        {"DICOM": {"StudyInstanceUID": value}},
+        {"Series": {"1.2.3.1": {"DICOM": {"SeriesInstanceUID": value}}}},
+        {"Series": {"1.2.3.1": {"Instances": instance}}},
+    ):
+        for member in ("updatableAttributes", "removableAttributes"):
+            assert "InstanceUID" in refused(
+                "ValidationException", update, store, made, force=True, **{member: {"Study": study}}
+            )
+
+
+def test_a_message_names_no_patient(store: DataStore) -> None:
+    for tree in ({"Patient": {"DICOM": {"DOE^JANE": "A"}}}, {"DOE^JANE": {}}):
+        message = refused("ValidationException", update, store, image_set_of(store), updatableAttributes=tree)
+        assert "a name of the request" in message
+        assert "DOE" not in message
 
 
 def test_private_elements_go_in_with_force(store: DataStore) -> None:

@@ -25,6 +25,7 @@ from driver import Driver
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from model_check import hold_to_the_model
 from service_model import Model
 
 from ahi_ml.local.process import Lease
@@ -187,7 +188,7 @@ def run(machine: type[StoreMachine], examples: int, steps: int, *, derandomize: 
 
 
 def test_every_answer_is_the_models(client: Any, tmp_path: Path) -> None:
-    run(StoreMachine, 12, 30, derandomize=True, client=client, folder=tmp_path)
+    run(StoreMachine, 12, 30, derandomize=True, client=hold_to_the_model(client), folder=tmp_path)
 
 
 def test_nothing_acknowledged_is_lost(client_of: Callable[..., Any], tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_nothing_acknowledged_is_lost(client_of: Callable[..., Any], tmp_path: P
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_answer_is_the_models_at_length(client: Any, tmp_path: Path) -> None:
-    run(StoreMachine, 12 * _MORE_EXAMPLES, 50, derandomize=False, client=client, folder=tmp_path)
+    run(StoreMachine, 12 * _MORE_EXAMPLES, 50, derandomize=False, client=hold_to_the_model(client), folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pandas as pd
 import psutil
@@ -450,6 +452,22 @@ class TestServe:
         abroad = serving("abroad", "--host", "127.0.0.2")
         assert listening(abroad) == {"127.0.0.1", "127.0.0.2"}  # leases stay on this machine
         assert "//127.0.0.2:" in abroad.variables["AWS_ENDPOINT_URL_MEDICAL_IMAGING"]
+
+    def test_an_address_of_version_6(self, serving: Callable[..., Serving]) -> None:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        server = serving("six", "--host", "::1")
+        assert server.variables["AWS_ENDPOINT_URL_MEDICAL_IMAGING"].startswith("http://[::1]:")
+        client = boto3.client(
+            "medical-imaging",
+            endpoint_url=server.variables["AWS_ENDPOINT_URL_MEDICAL_IMAGING"],
+            aws_access_key_id=server.variables["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=server.variables["AWS_SECRET_ACCESS_KEY"],
+            region_name=server.variables["AWS_REGION"],
+        )
+        assert "datastoreSummaries" in client.list_datastores()
 
     def test_a_port_and_faults(self, root: Path, serving: Callable[..., Serving]) -> None:
         (root / "faults.json").write_text('{"latency_ms": 1}')

@@ -255,6 +255,15 @@ class TestStart:
             assert connection.recv(100) == b""
         assert held.alive()
 
+    def test_who_does_not_greet_gives_way(self, held: Lease, folder: Path) -> None:
+        address = ("127.0.0.1", held.endpoint.lease_port)
+        silent = [socket.create_connection(address, timeout=5) for _ in range(200)]
+        assert [each.recv(100) for each in silent[:100]] == [b""] * 100  # well before the server tires of waiting
+        assert held.alive()
+        attach(folder).close()
+        for each in silent:
+            each.close()
+
 
 class TestEnd:
     def test_it_ends_after_the_last_lease(self, folder: Path) -> None:

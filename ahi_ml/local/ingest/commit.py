@@ -24,7 +24,7 @@ from ahi_ml.local.ingest.image_sets import (
 __all__ = ["Busy", "change_image_set", "commit_group"]
 
 _LONGEST_LOCK_S = 60.0
-_CUT_SHORT = "INTERNAL_ERROR: The import was cut short; try again."
+_CUT_SHORT = "INTERNAL_ERROR: The import was cut short: try again."
 
 Json = dict[str, Any]
 _NOTHING_YET: Json = dict.fromkeys(

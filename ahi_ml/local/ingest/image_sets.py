@@ -155,6 +155,7 @@ def search_columns(document: Json) -> dict[str, str | None]:
     }
 
 
+_UID = re.compile(r"[0-9.]+")
 _SERIES_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
 _TAGS = {
     "Patient": {
@@ -190,8 +191,10 @@ def search_tags(document: Json) -> Json:
     tags: Json = {}
     for level, names in _TAGS.items():
         for name, (keyword, longest) in names.items():
-            if (value := _clean(levels[level].get(keyword))) is not None:
-                tags[name] = value[:longest]
+            value = _clean(levels[level].get(keyword))
+            if value is None or (name.endswith("UID") and not _UID.fullmatch(value)):
+                continue  # files may have other UIDs than answers may show
+            tags[name] = value[:longest]
     if (number := _clean(series["DICOM"].get("SeriesNumber"))) and _SERIES_NUMBER.fullmatch(number):
         tags["DICOMSeriesNumber"] = int(number)
     tags["DICOMNumberOfStudyRelatedSeries"] = len(document["Study"]["Series"])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ahi_ml.local.accesses import Accesses
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, ImageSet
 from ahi_ml.local.ingest.runner import JobRunner
@@ -24,6 +25,7 @@ __all__ = ["Context"]
 
 _LOG = logging.getLogger(__name__)
 _PAGE = 50
+_AGAIN_S = 5.0
 Row = TypeVar("Row")
 
 
@@ -47,6 +49,8 @@ class Context:
         Does afterwards what answers promise, one after the other.
     injector : Injector
         Faults in force.
+    accesses : Accesses
+        When image sets were last used.
     clock : callable
         Seconds since the epoch.
     """
@@ -59,6 +63,7 @@ class Context:
     secret: bytes
     settling: Settling
     injector: Injector
+    accesses: Accesses
     clock: Callable[[], float] = _now
 
     def datastore_arn(self, datastore_id: str) -> str:
@@ -88,7 +93,7 @@ class Context:
         work : callable
             Settles the write.
         failed : callable
-            Settles it as failed when `work` raises: nothing stays LOCKED.
+            Settles it as failed when `work` raises, and is tried until it succeeds: nothing stays LOCKED.
         """
 
         def run() -> None:
@@ -97,16 +102,22 @@ class Context:
                     work()
             except Exception:
                 _LOG.exception("a write failed")
-                try:
-                    failed()
-                except Exception:
-                    _LOG.exception("a failed write could not be settled")
+                settle()
+
+        def settle() -> None:
+            try:
+                failed()
+            except Exception:
+                _LOG.exception("a failed write could not be settled")
+                self.settling.submit(settle, _AGAIN_S)  # a disk that is full may have room again
 
         self.settling.submit(run, self.injector.faults.slow_s)
 
-    def image_set(self, datastore_id: str, image_set_id: str, *, deleted: bool = False) -> ImageSet:
-        """An image set, or the service's fault; deleted ones only when asked for."""
-        self.datastore(datastore_id)
+    def image_set(
+        self, datastore_id: str, image_set_id: str, *, deleted: bool = False, active: bool = True
+    ) -> ImageSet:
+        """An image set, or the service's fault; deleted ones only when asked for. `active` as in `datastore`."""
+        self.datastore(datastore_id, active=active)
         found = self.catalog.image_set(datastore_id, image_set_id)
         if found is None or (found.deleted is not None and not deleted):
             raise ServiceFault(
@@ -146,9 +157,15 @@ class Context:
         query = json.dumps(bound_to, sort_keys=True, default=str).encode()
         return hmac.new(self.secret, query + b"\0" + text, hashlib.sha256).digest()[:16]
 
+    def _veil(self, text: bytes, seal: bytes) -> bytes:
+        """Hide or show a position: it may be a study's date. The seal makes each veil another one."""
+        veil = hashlib.shake_256(b"veil" + self.secret + seal).digest(len(text))
+        return bytes(a ^ b for a, b in zip(text, veil, strict=True))
+
     def _make_token(self, position: Sequence[Any], bound_to: Any) -> str:
         text = json.dumps(list(position)).encode()
-        return base64.urlsafe_b64encode(self._seal(text, bound_to) + text).decode()
+        seal = self._seal(text, bound_to)
+        return base64.urlsafe_b64encode(seal + self._veil(text, seal)).decode()
 
     def _open_token(self, token: str | None, bound_to: Any) -> list[Any] | None:
         if token is None:
@@ -157,6 +174,9 @@ class Context:
             data = base64.b64decode(token.encode(), b"-_", validate=True)
         except (binascii.Error, ValueError):
             data = b""
-        if len(data) <= 16 or not hmac.compare_digest(data[:16], self._seal(data[16:], bound_to)):
+        seal, text = data[:16], self._veil(data[16:], data[:16])
+        # The last characters of Base64 hold bits that decoding leaves out.
+        as_made = base64.urlsafe_b64encode(data).decode() == token
+        if not (as_made and text and hmac.compare_digest(seal, self._seal(text, bound_to))):
             raise ServiceFault("ValidationException", "The nextToken is not valid for this request")
-        return json.loads(data[16:])  # type: ignore[no-any-return]
+        return json.loads(text)  # type: ignore[no-any-return]

@@ -58,7 +58,7 @@ def search_image_sets(context: Context, params: Json) -> Json:
         lambda row: (getattr(row, order) or "", row.id),
         bound_to=["SearchImageSets", store.id, criteria],
     )
-    return {"imageSetsMetadataSummaries": [_summary(row) for row in found], "sort": sort, "nextToken": token}
+    return {"imageSetsMetadataSummaries": [_summary(context, row) for row in found], "sort": sort, "nextToken": token}
 
 
 def _condition(search_filter: Json) -> tuple[str, Sequence[Any]]:
@@ -95,14 +95,13 @@ def _study_moment(value: Json) -> str:
     return f"{date}{whole:0<6}.{fraction:0<6}"
 
 
-def _summary(found: ImageSet) -> Json:
+def _summary(context: Context, found: ImageSet) -> Json:
     return {
         "imageSetId": found.id,
         "version": found.version,
         "createdAt": found.created,
         "updatedAt": found.updated,
-        "lastAccessedAt": found.accessed,
-        "storageTier": "FREQUENT_ACCESS",
+        **context.accesses.shown(found),
         "isPrimary": found.is_primary,
         "DICOMTags": found.tags,
     }
@@ -126,8 +125,7 @@ def get_image_set(context: Context, params: Json) -> Json:
         "imageSetArn": context.image_set_arn(found.datastore_id, found.id),
         "overrides": None if version.forced is None else {"forced": version.forced},
         "isPrimary": version.is_primary,
-        "lastAccessedAt": found.accessed,
-        "storageTier": "FREQUENT_ACCESS",
+        **context.accesses.shown(found),
     }
 
 
@@ -149,7 +147,7 @@ def get_image_set_metadata(context: Context, params: Json) -> Json:
     imported = version.workflow in ("CREATED", "IMPORTED")
     if body is None or (unready_s and imported and context.clock() - version.updated < unready_s):
         raise ServiceFault("ConflictException", f"The metadata of image set {found.id} is not ready yet")
-    context.catalog.touch(found.id, context.clock())
+    context.accesses.note(found.id)
     return {"imageSetMetadataBlob": body, "contentType": "application/json", "contentEncoding": "gzip"}
 
 
@@ -162,6 +160,7 @@ def get_image_frame(context: Context, params: Json) -> Json:
         raise ServiceFault(
             "ResourceNotFoundException", f"Image frame with id {frame_id} does not exist in this image set"
         )
+    context.accesses.note(params["imageSetId"])
     return {"imageFrameBlob": context.blobs.read(row.blob), "contentType": row.content_type}
 
 

@@ -15,14 +15,15 @@ _MOST_TAGS = 50
 
 def _resource(context: Context, params: Json) -> str:
     arn = str(params["resourceArn"])
-    parts = arn.split(":", 5)[5].split("/")
-    if len(parts) == 4:
-        context.image_set(parts[1], parts[3])
-        known = context.image_set_arn(parts[1], parts[3])
+    _, datastore_id, *rest = arn.split(":", 5)[5].split("/")
+    # A data store has its tags while it is made and unmade, too: these operations know no conflict.
+    store = context.datastore(datastore_id, active=False)
+    if rest:
+        context.image_set(datastore_id, rest[1], active=False)
+        known = context.image_set_arn(datastore_id, rest[1])
     else:
-        context.datastore(parts[1])
-        known = context.datastore_arn(parts[1])
-    if arn != known:
+        known = context.datastore_arn(datastore_id)
+    if arn != known or store.status == "DELETED":
         raise ServiceFault("ResourceNotFoundException", "The resource of this ARN does not exist")
     return arn
 

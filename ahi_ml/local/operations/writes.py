@@ -23,7 +23,7 @@ __all__ = ["copy_image_set", "delete_image_set", "recover_writes", "update_image
 Json = dict[str, Any]
 _MOST_COPIED_FRAMES = 1_000
 _MOST_PAYLOAD = 10 * 1024
-_CUT_SHORT = "INTERNAL_ERROR: The operation was cut short; try again."
+_CUT_SHORT = "INTERNAL_ERROR: The operation was cut short: try again."
 _NOTHING: Json = dict.fromkeys(
     ("patient_id", "accession_number", "study_id", "study_uid", "series_uid", "study_moment")
 )
@@ -107,6 +107,7 @@ def update_image_set_metadata(context: Context, params: Json) -> Json:
                 )
             siblings = context.catalog.primaries(found.datastore_id, study_uid=found.study_uid or "")
             others = [_unlocked(context, each, None) for each in siblings if each.id != found.id]
+        context.accesses.note(found.id)
         forced = force or None
         version = _lock(context, found, "UPDATING", forced=forced)
         locked = [(found, version)]
@@ -188,6 +189,7 @@ def copy_image_set(context: Context, params: Json) -> Json:
             destination, version = _new_copy(context, source, promote=promote, forced=force or None, now=now)
         source_version = context.catalog.version(source.id, source.version)
         assert source_version is not None
+        context.accesses.note(source.id)
         reading = replace(source_version, state="LOCKED")
         context.catalog.save_version(reading)
 
@@ -278,7 +280,7 @@ def _merge(document: Json, part: Json, *, force: bool) -> Json:
     agree = agree and all(mine[uid]["DICOM"] == theirs[uid]["DICOM"] for uid in mine)
     if not agree and not force:
         raise edits.EditFailure(
-            "INVALID_REQUEST: Metadata of SourceImageSet and DestinationImageSet don't match; use force."
+            "INVALID_REQUEST: Metadata of SourceImageSet and DestinationImageSet don't match: use force."
         )
     for uid, series in theirs.items():
         if set(series["Instances"]) & set(mine[uid]["Instances"]):

@@ -171,6 +171,40 @@ class TestTransactions:
             catalog.save_datastore(STORE)
         assert catalog.datastores() == [STORE]
 
+    def test_a_full_disk_says_so_and_leaves_nothing(self, catalog: Catalog) -> None:
+        (pages,) = catalog._db.execute("PRAGMA page_count").fetchone()
+        catalog._db.execute(f"PRAGMA max_page_count={pages + 5}")
+
+        def write() -> None:
+            with catalog.transaction():
+                catalog.save_datastore(STORE)
+                catalog.save_document(IMAGE_SET.id, 1, bytes(2**20))
+
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            write()
+        assert catalog.datastore(STORE.id) is None
+        with catalog.transaction():
+            catalog.save_datastore(STORE)
+        assert catalog.datastore(STORE.id) == STORE
+
+    def test_a_commit_that_fails_leaves_nothing(self, catalog: Catalog) -> None:
+        catalog._db.executescript(
+            "PRAGMA foreign_keys=ON; CREATE TABLE one(id INTEGER PRIMARY KEY);"
+            "CREATE TABLE two(one INTEGER REFERENCES one DEFERRABLE INITIALLY DEFERRED);"
+        )
+
+        def write() -> None:
+            with catalog.transaction():
+                catalog.save_datastore(STORE)
+                catalog._db.execute("INSERT INTO two VALUES(1)")
+
+        with pytest.raises(sqlite3.IntegrityError):
+            write()
+        assert catalog.datastore(STORE.id) is None
+        with catalog.transaction():
+            catalog.save_datastore(STORE)
+        assert catalog.datastore(STORE.id) == STORE
+
     def test_what_was_committed_outlives_the_connection(self, tmp_path: Path) -> None:
         path = tmp_path / "catalog.sqlite"
         first = Catalog(path)

@@ -268,7 +268,6 @@ def test_arn_in_path_in_any_encoding(protocol: Protocol, encoded: str) -> None:
         ("POST", f"/datastore/{DS}/imageSet/{IS}/getImageFrame/x"),
         ("POST", f"/datastore/{DS}/imageset/{IS}/getImageFrame"),
         ("POST", f"//datastore/{DS}/searchImageSets"),
-        ("GET", "/tags/"),
         ("GET", "/tags"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -103,6 +104,15 @@ def test_requests_of_boto3_pass(operation: str, params: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", [quote(IMAGE_SET_ARN, safe=""), quote(IMAGE_SET_ARN, safe="/"), IMAGE_SET_ARN])
 def test_arn_in_path_in_any_encoding(path: str) -> None:
     assert verifier().verify(sign("GET", f"/tags/{path}")) == KEY
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "//", "/.", "/..", "/a//b", "/a/./b", "/a/../b", "/a/..", "/../a", "/a/b/", "/a//", "/.a/b..", "/a/.../b"],
+)
+def test_segments_that_say_nothing_are_not_signed(path: str) -> None:
+    assert verifier().verify(sign("GET", path)) == KEY
+    assert refuse(replace(sign("GET", path), raw_path="/c")).code == "InvalidSignatureException"
 
 
 @pytest.mark.parametrize(
@@ -291,12 +301,83 @@ def test_blanks_between_parameters_are_optional() -> None:
     assert verifier().verify(with_headers(SAMPLE, authorization=tight)) == KEY
 
 
-def test_presigned_requests_are_refused() -> None:
-    request = sign(signer=SigV4QueryAuth)
-    assert "X-Amz-Signature=" in request.query
-    fault = refuse(request)
-    assert fault.code == "IncompleteSignatureException"
-    assert "Presigned" in fault.text
+class Presigned(SigV4QueryAuth):
+    """Leaves the body out of the query, where botocore would move it as if it were a form."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given, expires=900)
+
+    def add_auth(self, request: Any) -> None:
+        self._hash = hashlib.sha256(request.data).hexdigest()
+        request.data = b""
+        super().add_auth(request)
+
+    def payload(self, request: Any) -> str:
+        return self._hash
+
+
+def test_presigned_requests_pass() -> None:
+    body = json.dumps({"imageFrameId": "0" * 32}).encode()
+    request = sign("POST", "/datastore/x/imageSet/y/getImageFrame", "version=1", body, signer=Presigned)
+    assert "authorization" not in request.headers
+    assert verifier().verify(request) == KEY
+    for altered in (
+        replace(request, body=body + b" "),
+        replace(request, method="GET"),
+        replace(request, raw_path="/datastore/x/imageSet/z/getImageFrame"),
+        replace(request, query=request.query.replace("version=1", "version=2")),
+        replace(request, query=request.query + "&more=1"),
+        replace(request, query=request.query.replace("X-Amz-Expires=900", "X-Amz-Expires=901")),
+        with_headers(request, host="127.0.0.1:8081"),
+    ):
+        assert refuse(altered).code == "InvalidSignatureException"
+
+
+def test_presigned_requests_expire() -> None:
+    request = sign(signer=Presigned)
+    stamp = re.search("X-Amz-Date=([^&]*)", request.query)
+    assert stamp is not None
+    signed = datetime.strptime(stamp[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+    assert verifier(clock=lambda: signed + 899).verify(request) == KEY
+    late = refuse(request, clock=lambda: signed + 901)
+    assert (late.code, late.status) == ("InvalidSignatureException", 403)
+    assert late.text.startswith("Signature expired: ")
+    assert refuse(request, clock=lambda: signed - 301).text.startswith("Signature not yet current: ")
+    for wrong in ("0", "-1", "604801", "1e3", "", "9" * 5_000):
+        other = replace(request, query=request.query.replace("X-Amz-Expires=900", f"X-Amz-Expires={wrong}"))
+        assert refuse(other).code == "IncompleteSignatureException"
+
+
+def test_presigned_requests_say_all_of_it_once() -> None:
+    query = sign(signer=Presigned).query
+    for name in ("Algorithm", "Credential", "Date", "SignedHeaders"):
+        without = replace(SAMPLE, headers={"host": "h"}, query=query.replace(f"X-Amz-{name}=", "Other="))
+        assert f"'X-Amz-{name}'" in refuse(without).text
+    repeated = replace(SAMPLE, headers={"host": "h"}, query=f"{query}&X-Amz-Algorithm=AWS4-HMAC-SHA256")
+    assert refuse(repeated).code == "IncompleteSignatureException"
+    unknown = replace(SAMPLE, headers={"host": "h"}, query=query.replace(KEY, "AKIAOTHER"))
+    assert refuse(unknown).code == "UnrecognizedClientException"
+
+
+def test_signed_headers_are_bytes() -> None:
+    """What is signed of a header are the bytes that are sent, whatever they mean."""
+    name = "modalit\N{LATIN SMALL LETTER A WITH GRAVE}"  # its second byte would be a blank in Latin-1
+    signed = sign(headers={"X-Amz-Meta": name})
+    as_sent = with_headers(signed, x_amz_meta=name.encode().decode("latin-1"))
+    assert verifier().verify(as_sent) == KEY
+
+
+def test_a_query_is_bytes() -> None:
+    once = sign(query="nextToken=%FF%FE")
+    assert verifier().verify(once) == KEY
+
+
+def test_a_claim_is_read_before_the_body() -> None:
+    request = sign("POST", body=b"{}")
+    claim = verifier().claim(replace(request, body=b""))
+    verifier().confirm(claim, request)
+    with pytest.raises(ServiceFault):
+        verifier().confirm(claim, replace(request, body=b"{} "))
 
 
 def test_unknown_keys_and_session_tokens() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import struct
+import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -62,7 +62,7 @@ class Application:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        request_id = os.urandom(16).hex()
+        request_id = str(uuid.uuid4())
         fate: Fate = "answer"
         try:
             fate, response = await self._answer(scope, receive, request_id)

@@ -19,7 +19,7 @@ from ahi_ml.cache import FrameCache, ResultTier, recipe
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
-from ahi_ml.index import DatasetIndex, FrameProfile, FrameSource
+from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.pixels import Window
 from ahi_ml.reader import Batch, ReadOptions
 from ahi_ml.store import DataStore
@@ -285,17 +285,17 @@ class FrameDataset(Dataset[Item]):
         reader = self.store.reader
         if not self._meters.counts_requests:  # what others have asked for before is not this dataset's
             self._meters.add_requests(reader.requests())
+            self._meters.set_threads(reader.threads)
         batch = reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
         self._meters.add(collate_s=perf_counter() - started)
         return PendingBatch(numbers, images, batch)
 
-    def _allocate(self, sources: list[FrameSource], allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
-        kinds = {id(source.kind): source.kind for source in sources}
-        forms = {key: self._form(kind) for key, kind in kinds.items()}
+    def _allocate(self, sources: FrameSources, allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
+        forms = {id(kind): self._form(kind) for kind in {id(kind): kind for kind in sources.kinds}.values()}
         if len(set(forms.values())) == 1:
             shape, dtype = next(iter(forms.values()))
             return allocate((len(sources), *shape), dtype)
-        return [np.empty(*forms[id(source.kind)]) for source in sources]
+        return [np.empty(*forms[id(kind)]) for kind in sources.kinds]
 
     def _form(self, kind: FrameProfile | MetadataError) -> tuple[tuple[int, ...], np.dtype[Any]]:
         if isinstance(kind, MetadataError):
@@ -355,7 +355,6 @@ class FrameDataset(Dataset[Item]):
                 if isinstance(outcome, BaseException):
                     rows = self._replace(pending, rows, slot, outcome)
         self._read += len(rows)
-        self._meters.add(frames=len(rows), batches=1)
         return rows
 
     def _measure(self, batch: Batch, started: float) -> None:
@@ -364,6 +363,8 @@ class FrameDataset(Dataset[Item]):
         network = min(max(batch.arrived - started, 0.0), waited)
         counts, reader = batch.stats, self.store.reader
         self._meters.add(
+            frames=len(batch.sources),
+            batches=1,
             network_s=network,
             decode_s=waited - network,
             read_busy_s=counts.read_s,
@@ -376,8 +377,8 @@ class FrameDataset(Dataset[Item]):
             unverified=counts.unverified,
             refetched=counts.refetched,
         )
-        self._meters.add_requests(reader.requests())
-        self._meters.set_threads(reader.threads)
+        if counts.fetched or batch.failed:
+            self._meters.add_requests(reader.requests())
 
     def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:
         if self._on_error == "raise" or not isinstance(error, AhiError):

@@ -15,8 +15,9 @@ from ahi_ml.config import index_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import expression
 from ahi_ml.index.columns import FrameColumns
-from ahi_ml.index.profile import FrameProfile, FrameSource
+from ahi_ml.index.profile import FrameProfile
 from ahi_ml.index.secret import PatientSecret
+from ahi_ml.index.sources import FrameSource, FrameSources
 from ahi_ml.index.spill import local_copy, spill_path
 from ahi_ml.index.split import assign_groups, check_identifiers, connected_groups
 from ahi_ml.index.tables import Gatherer, Tables
@@ -26,7 +27,7 @@ from ahi_ml.types import AnyArray, FloatArray, PathType
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DatasetIndex", "FrameProfile", "FrameSource", "Gatherer", "Tables"]
+__all__ = ["DatasetIndex", "FrameProfile", "FrameSource", "FrameSources", "Gatherer", "Tables"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ class DatasetIndex:
         """How the frame of a row is decoded and rescaled. I/O: none."""
         return self._columns.profile(int(self._at([row])[0]))
 
-    def sources(self, rows: Sequence[int] | AnyArray | None = None) -> list[FrameSource]:
+    def sources(self, rows: Sequence[int] | AnyArray | None = None) -> FrameSources:
         """What the reader needs to read some rows, in their order. I/O: none.
 
         A frame that lacks an attribute that decoding needs has a `FrameSource.problem`.

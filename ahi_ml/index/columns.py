@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from ahi_ml.errors import MetadataError
 from ahi_ml.index.expression import unknown_column
-from ahi_ml.index.profile import FrameProfile, FrameSource
+from ahi_ml.index.profile import FrameProfile
 from ahi_ml.index.schema import SCHEMA_VERSION
+from ahi_ml.index.sources import FrameSource, FrameSources
 from ahi_ml.index.tables import Tables
 from ahi_ml.types import AnyArray, FloatArray
 
@@ -122,10 +123,12 @@ class FrameColumns:
     def ids(self, rows: AnyArray) -> dict[str, list[Any]]:
         """Ids of frames by name. Every item of a data set carries them, so they must cost next to nothing."""
         instances = self._instance[rows]
-        series = self._series_of_instance[instances]
-        texts = self._texts
+        series = self._series_of_instance[instances].tolist()
+        distinct = list(dict.fromkeys(series))
+        numbers, texts = np.array(distinct, np.int64), self._texts
+        of_series = {name: dict(zip(distinct, texts[name][numbers], strict=True)) for name in _OF_SERIES}
         return {
-            **{name: texts[name][series] for name in _OF_SERIES},
+            **{name: [found[number] for number in series] for name, found in of_series.items()},
             "sop_instance_uid": texts["sop_instance_uid"][instances],
             "frame_number": self._frame_number[rows].tolist(),
         }
@@ -157,20 +160,22 @@ class FrameColumns:
             self._kinds[number] = found
         return found
 
-    def sources(self, rows: AnyArray) -> list[FrameSource]:
+    def sources(self, rows: AnyArray) -> FrameSources:
         """What the reader needs to read frames."""
-        frames = self.tables.frames
-        sets = self._texts["image_set_id"][self._series_of_instance[self._instance[rows]]]
-        ids = self._ids[rows].tobytes().hex()
+        digits = self._ids[rows].tobytes().hex()
+        frame_ids = [digits[at : at + 32] for at in range(0, len(digits), 32)]
         profiles = self._profile[rows].tolist()
-        kinds = {number: self._kind(number) for number in set(profiles)}
-        checksums, lowest, highest = (_integers(frames[name], rows) for name in ("checksum", "minimum", "maximum"))
-        return [
-            FrameSource(image_set_id, ids[32 * place : 32 * place + 32], checksum, kinds[profile], low, high)
-            for place, (image_set_id, checksum, profile, low, high) in enumerate(
-                zip(sets, checksums, profiles, lowest, highest, strict=True)
-            )
-        ]
+        by_number = {number: self._kind(number) for number in set(profiles)}
+        kinds = [by_number[number] for number in profiles]
+
+        def make() -> list[FrameSource]:
+            frames = self.tables.frames
+            sets = self._texts["image_set_id"][self._series_of_instance[self._instance[rows]]]
+            integers = (_integers(frames[name], rows) for name in ("checksum", "minimum", "maximum"))
+            checksums, lowest, highest = integers
+            return list(map(FrameSource, sets, frame_ids, checksums, kinds, lowest, highest))
+
+        return FrameSources(frame_ids, kinds, make)
 
     def snapshot_id(self, rows: AnyArray) -> str:
         """Hash of which frames of which versions these are, in any order."""

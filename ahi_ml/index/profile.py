@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ahi_ml.codec import HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat
 from ahi_ml.errors import ConfigError, MetadataError
@@ -13,7 +13,7 @@ from ahi_ml.metadata import table_data
 from ahi_ml.pixels import LookupTable, Rescale, Window
 from ahi_ml.types import Output
 
-__all__ = ["FrameProfile", "FrameSource"]
+__all__ = ["FrameProfile"]
 
 # Label Map Segmentation Storage: the SOP class of segmentations whose Segmentation Type is LABELMAP.
 _LABEL_MAPS = "1.2.840.10008.5.1.4.1.1.66.7"
@@ -125,52 +125,6 @@ class FrameProfile:
         if output == "stored" or not self.colour:
             return pixels.shape
         return (pixels.rows, pixels.columns, 3)
-
-
-class FrameSource(NamedTuple):
-    """One frame to read.
-
-    Parameters
-    ----------
-    image_set_id, frame_id : str
-        Where the data store has it.
-    checksum : int or None
-        CRC-32 of its full resolution.
-    kind : FrameProfile or MetadataError
-        Shared by the frames of its kind; an error where the metadata does not suffice to decode them.
-    minimum, maximum : int or None
-        Extremes of its stored values, as the data store says.
-    """
-
-    image_set_id: str
-    frame_id: str
-    checksum: int | None
-    kind: FrameProfile | MetadataError
-    minimum: int | None = None
-    maximum: int | None = None
-
-    @property
-    def extremes(self) -> tuple[int, int] | None:
-        """Lowest and highest stored value, where the data store says them."""
-        return None if self.minimum is None or self.maximum is None else (self.minimum, self.maximum)
-
-    @property
-    def problem(self) -> MetadataError | None:
-        """Why the frame cannot be decoded, if it cannot."""
-        return self.kind if isinstance(self.kind, MetadataError) else None
-
-    @property
-    def profile(self) -> FrameProfile:
-        """How the frame is decoded.
-
-        Raises
-        ------
-        MetadataError
-            The metadata does not suffice.
-        """
-        if isinstance(self.kind, MetadataError):
-            raise self.kind
-        return self.kind
 
 
 def _checksum_of(syntax: str, kind: str | None, pixels: PixelFormat) -> Literal["samples", "bytes", "unknown"]:

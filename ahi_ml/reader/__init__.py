@@ -58,7 +58,7 @@ class Reader:
         self._pool = DecodePool(threads or decode_threads())
         self._stats = ReaderStats()
         self._lock = threading.Lock()
-        self._digests: dict[int, tuple[FrameProfile, str]] = {}
+        self._digests: dict[int, tuple[FrameProfile | MetadataError, str]] = {}
 
     def submit(
         self,
@@ -93,9 +93,10 @@ class Reader:
             Its arrays are `outs` when given.
         """
         batch = Batch(sources, options, outs, self._ended)
-        slots = [slot for slot, source in enumerate(sources) if not isinstance(source.kind, MetadataError)]
-        if len(slots) < len(sources):
-            batch.finish_many((slot, source.problem) for slot, source in enumerate(sources) if source.problem)
+        kinds = batch.sources.kinds
+        slots = [slot for slot, kind in enumerate(kinds) if not isinstance(kind, MetadataError)]
+        if len(slots) < len(kinds):
+            batch.finish_many((slot, kind) for slot, kind in enumerate(kinds) if isinstance(kind, MetadataError))
         if derived is not None and slots:
             # One stage for all: what a result costs is less than what a stage does.
             self._pool.put(partial(self._from_derived, batch, slots, derived, cache))
@@ -201,9 +202,9 @@ class Reader:
     ) -> None:
         keys: dict[int, str] = {}
         try:
+            sources = batch.sources
             for slot in slots:
-                source = batch.sources[slot]
-                keys[slot] = source.frame_id + self._digest(source.profile)
+                keys[slot] = sources.frame_ids[slot] + self._digest(sources.kinds[slot])
             if not (dropped or batch.cancelled):
                 keys = self._read_derived(batch, keys, derived)
         except BaseException as error:
@@ -237,7 +238,7 @@ class Reader:
         batch.finish_many(hits)
         return left
 
-    def _digest(self, profile: FrameProfile) -> str:
+    def _digest(self, profile: FrameProfile | MetadataError) -> str:
         """What tells results apart besides the frame's id: its metadata may be edited, the id stays."""
         known = self._digests.get(id(profile))
         if known is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ahi_ml.cache import Flights, ResultTier
 from ahi_ml.client import Part
-from ahi_ml.index import FrameSource
+from ahi_ml.index import FrameSource, FrameSources
 from ahi_ml.reader.making import Form
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
@@ -53,7 +53,7 @@ class Batch:
         outs: Sequence[AnyArray] | None = None,
         ended: Callable[[ReaderStats], None] | None = None,
     ) -> None:
-        self.sources, self.options, self.outs = sources, options, outs
+        self.sources, self.options, self.outs = FrameSources.of(sources), options, outs
         self._forms: dict[int, Form] = {}  # by kind, which the sources keep alive
         self.stats = ReaderStats()
         self.arrived = 0.0
@@ -69,10 +69,10 @@ class Batch:
 
     def form(self, slot: int) -> Form:
         """The form of a frame's result. I/O: none."""
-        kind = self.sources[slot].profile
+        kind = self.sources.kinds[slot]
         form = self._forms.get(id(kind))
         if form is None:
-            form = self._forms[id(kind)] = Form.of(kind, self.options)
+            form = self._forms[id(kind)] = Form.of(self.sources[slot].profile, self.options)
         return form
 
     def out(self, slot: int) -> AnyArray:

@@ -21,7 +21,7 @@ from pydicom.uid import UID
 
 from ahi_ml import codec
 from ahi_ml.codec import PixelFormat, jpeg2000
-from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, J2K_LOSSLESS, SYNTAXES, describe
+from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, IMPLICIT_LE, J2K_LOSSLESS, SYNTAXES, describe
 from ahi_ml.errors import DecodeError
 from ahi_ml.types import AnyArray
 
@@ -32,6 +32,7 @@ STORED_SYNTAX = {"HTJ2K": HTJ2K_LOSSLESS_RPCL, "JPEG_2000_LOSSLESS": J2K_LOSSLES
 
 _LOG = logging.getLogger(__name__)
 _MOST_SAMPLES = 2**31
+_NUMBERS = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
 
@@ -210,8 +211,27 @@ def _native(dataset: Dataset, uid: str, pixels: PixelFormat, count: int) -> Iter
             f"the pixel data ends after {len(dataset.PixelData)} bytes, but its {count} "
             f"{'frame takes' if count == 1 else 'frames take'} {needed}"
         )
+    if _is_plain(dataset, uid, pixels, count):
+        data = memoryview(dataset.PixelData)
+        for start in range(0, pixels.nbytes * count, pixels.nbytes):
+            yield codec.decode(data[start : start + pixels.nbytes], EXPLICIT_LE, pixels)
+        return
     for image, _ in get_decoder(UID(uid)).iter_array(dataset, raw=True):
         yield image.reshape(pixels.shape)
+
+
+def _is_plain(dataset: Dataset, uid: str, pixels: PixelFormat, count: int) -> bool:
+    """Whether the bytes are samples as the data store serves them; pydicom knows the other ways, and what is amiss."""
+    return (
+        uid in (IMPLICIT_LE, EXPLICIT_LE)
+        and pixels.samples == 1
+        and pixels.bits_allocated > 1
+        and pixels.photometric in ("MONOCHROME1", "MONOCHROME2")
+        and max(pixels.rows, pixels.columns) < 2**16
+        and all(isinstance(dataset.get(keyword), int) for keyword in _NUMBERS)
+        and dataset.PixelRepresentation in (0, 1)
+        and len(dataset.PixelData) // pixels.nbytes == count
+    )
 
 
 def _keep(data: bytes, uid: str, pixels: PixelFormat) -> StoredFrame:

@@ -7,6 +7,7 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import pydicom
@@ -30,6 +31,7 @@ _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanc
 _DISCARDED = 0xB006
 _BAD_UID = 0xB201
 _BAD_LENGTH = 0xB202
+_READ_WHOLE = 32 * 2**20
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
     "PatientBirthDate": 18,
@@ -110,7 +112,8 @@ def _why(error: Exception) -> str:
 def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
     try:
         with file.open() as stream:
-            dataset = pydicom.dcmread(stream)
+            # pydicom asks where it stands at each element: a system call of a file, and two hand-overs of the GIL.
+            dataset = pydicom.dcmread(BytesIO(stream.read()) if file.size <= _READ_WHOLE else stream)
     except InvalidDicomError:
         raise _FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
     except OSError as error:

@@ -25,6 +25,7 @@ __all__ = ["FileFailure", "ImportPlaces", "ImportReport", "run_import"]
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
+_WATCHED_POLL_S = 0.25  # a job that fails writes no report
 _LOOK_S = 0.01
 _SLOWEST_POLL_S = 5.0
 _REPORT_WAIT_S = 30.0
@@ -225,9 +226,10 @@ class _Jobs:
             bar.set_postfix_str(job["jobStatus"])
             if job["jobStatus"] in ("COMPLETED", "FAILED"):
                 return job
+            report = _Objects(job["outputS3Uri"], self._places)
             # So often that waiting makes no job much longer, and never so often as to be throttled.
-            pause_s = min(max(_POLL_S, (time.monotonic() - started) / 20), _SLOWEST_POLL_S)
-            _Objects(job["outputS3Uri"], self._places).expect(_MANIFEST, pause_s)
+            least_s = _WATCHED_POLL_S if report.watched else _POLL_S
+            report.expect(_MANIFEST, min(max(least_s, (time.monotonic() - started) / 20), _SLOWEST_POLL_S))
 
 
 def _together(reports: list[ImportReport]) -> ImportReport:
@@ -304,8 +306,13 @@ class _Objects:
                 return None
             return str(answer["Body"].read().decode("utf-8"))
 
+    @property
+    def watched(self) -> bool:
+        """Whether looking for an object costs no request."""
+        return self._root is not None
+
     def expect(self, name: str, longest_s: float) -> None:
-        """Wait so long, or until an object is there if looking costs no request. I/O: one file's status, often."""
+        """Wait so long, or until an object is there if that can be watched. I/O: one file's status, often."""
         if self._root is None:
             time.sleep(longest_s)
             return

@@ -248,7 +248,7 @@ class TestDividedJobs:
 def test_a_report_that_can_be_seen_ends_the_wait(
     store: ahi_ml.DataStore, scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_POLL_S", "_SLOWEST_POLL_S"):
+    for name in ("_WATCHED_POLL_S", "_SLOWEST_POLL_S"):
         monkeypatch.setattr(imports, name, 60.0)
     started = time.monotonic()
     assert store.import_dicom(scans).imported == 5

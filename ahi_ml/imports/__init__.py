@@ -25,8 +25,11 @@ __all__ = ["FileFailure", "ImportPlaces", "ImportReport", "run_import"]
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
+_WATCHED_POLL_S = 0.25  # a job that fails writes no report
+_LOOK_S = 0.01
 _SLOWEST_POLL_S = 5.0
 _REPORT_WAIT_S = 30.0
+_MANIFEST = "job-output-manifest.json"
 _LONGEST_URI = 1024  # the service's bound
 
 
@@ -223,8 +226,10 @@ class _Jobs:
             bar.set_postfix_str(job["jobStatus"])
             if job["jobStatus"] in ("COMPLETED", "FAILED"):
                 return job
+            report = _Objects(job["outputS3Uri"], self._places)
             # So often that waiting makes no job much longer, and never so often as to be throttled.
-            time.sleep(min(max(_POLL_S, (time.monotonic() - started) / 20), _SLOWEST_POLL_S))
+            least_s = _WATCHED_POLL_S if report.watched else _POLL_S
+            report.expect(_MANIFEST, min(max(least_s, (time.monotonic() - started) / 20), _SLOWEST_POLL_S))
 
 
 def _together(reports: list[ImportReport]) -> ImportReport:
@@ -246,7 +251,7 @@ def _read_report(job: dict[str, Any], places: ImportPlaces, paths: dict[str, Pat
         return f"/{key}" if paths is None else str(paths.get(key, key))
 
     deadline = time.monotonic() + _REPORT_WAIT_S
-    while (text := folder.read("job-output-manifest.json")) is None:  # it can lag behind the job's status
+    while (text := folder.read(_MANIFEST)) is None:  # it can lag behind the job's status
         if time.monotonic() > deadline:
             raise ServiceError(
                 f"import job {job['jobId']} is COMPLETED, but its manifest is not at {job['outputS3Uri']} after "
@@ -300,6 +305,23 @@ class _Objects:
             except self._s3.exceptions.NoSuchKey:
                 return None
             return str(answer["Body"].read().decode("utf-8"))
+
+    @property
+    def watched(self) -> bool:
+        """Whether looking for an object costs no request."""
+        return self._root is not None
+
+    def expect(self, name: str, longest_s: float) -> None:
+        """Wait so long, or until an object is there if that can be watched. I/O: one file's status, often."""
+        if self._root is None:
+            time.sleep(longest_s)
+            return
+        path = str(self._root / self._prefix / name)
+        deadline = time.monotonic() + longest_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(_LOOK_S, left_s))
+            if os.path.exists(path):
+                return
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of an ndjson file; none when the file is not there. I/O: as `read`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import boto3
 import pytest
 
 import ahi_ml
-from ahi_ml import local
+from ahi_ml import imports, local
 from ahi_ml.errors import ConfigError, ServiceError
 from ahi_ml.imports import JobLimits
 from ahi_ml.imports.staging import LocalFile, jobs_of
@@ -243,6 +244,16 @@ class TestDividedJobs:
         assert (report.scanned, report.imported, len(report.job_ids)) == (6, 5, 2)
         assert keys(s3, "in-bucket") == []
         assert len(keys(s3, "out-bucket")) == 8
+
+
+def test_a_report_that_can_be_seen_ends_the_wait(
+    store: ahi_ml.DataStore, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_WATCHED_POLL_S", "_SLOWEST_POLL_S"):
+        monkeypatch.setattr(imports, name, 60.0)
+    started = time.monotonic()
+    assert store.import_dicom(scans).imported == 5
+    assert time.monotonic() - started < 50
 
 
 class TestLimits:

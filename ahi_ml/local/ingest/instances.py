@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 _REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # leading zeros are let pass, as the service does
 _UNDEFINED = 0xFFFFFFFF
+_READ_WHOLE = 32 * 2**20
 _DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _LONGEST = {  # characters that the service takes for the elements it handles specially
     **dict.fromkeys(("PatientName", "PatientID", "StudyDescription", "AccessionNumber", "StudyID"), 256),
@@ -159,8 +160,10 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
 def _read(file: InputFile) -> pydicom.Dataset:
     try:
         with file.open() as stream:
-            refuse_huge_inflation(stream, file.size)
-            return _dcmread(stream)
+            # pydicom asks where it stands at each element: a system call of a file, and two hand-overs of the GIL.
+            source = BytesIO(stream.read()) if file.size <= _READ_WHOLE else stream
+            refuse_huge_inflation(source, file.size)
+            return _dcmread(source)
     except InvalidDicomError:
         raise FileFailure("DICOM attribute TransferSyntaxUID does not exist") from None
     except OSError as error:

@@ -48,14 +48,14 @@ def run_job(
     """Import everything under a job's input URI and write the lines of its report.
 
     I/O: reads the input files, writes blobs, one catalog transaction for each image set, and the
-    report. Files are parsed and encoded on all cores; one file a core is in memory.
+    report. Files are parsed and encoded on all cores; one file a thread is in memory.
 
     Parameters
     ----------
     limits : Limits, optional
         The service's by default.
     workers : int, optional
-        Threads; as many as cores by default.
+        Threads; one more than cores by default: while one waits for the GIL or the disk, none of them idles.
     stopping : Event, optional
         Once set, the job fails before it has changed an image set, or goes on to its end.
     pause : callable, optional
@@ -86,7 +86,7 @@ def run_job(
         [file for file in files if file.key not in named],
         lambda file: read_instance(file, store, blobs, limits),
         outcome,
-        workers or os.cpu_count() or 1,
+        workers or (os.cpu_count() or 1) + 1,
         stopping or threading.Event(),
     )
     for group in groups:

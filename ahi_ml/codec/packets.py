@@ -23,7 +23,8 @@ _SOT_SIZE = 12
 _RPCL = 2
 _SOP, _EPH = b"\xff\x91\0\x04", b"\xff\x92"
 _SOP_SIZE = 6
-_MOST_STEPS = 1 << 16  # packets, and code-blocks in them: half a second, 16,000 x 16,000 pixels in blocks of 64 x 64
+# Packets and code-blocks in them: half of 16,000 x 16,000 pixels has 21,000, in blocks of 64 x 64, of five bytes each.
+_MOST_STEPS, _MOST_HEADER_BYTES = 1 << 16, 1 << 19
 _MOST_BIT_PLANES = 80  # T.800 B.10.5, E.1: a sample has 38 bits, its coefficients some more
 _MOST_LENGTH_BITS = 32
 _LIKELY_PACKET_HEADER = 64
@@ -58,9 +59,7 @@ class _Grid:
                 counts = [
                     tuple(
                         _parts(min(size - (at << extent), 1 << extent), block)
-                        for size, at, extent, block in zip(
-                            band, (column, row), self.precinct, self.block, strict=True
-                        )
+                        for size, at, extent, block in zip(band, (column, row), self.precinct, self.block, strict=True)
                     )
                     for band in self.bands
                 ]
@@ -80,22 +79,27 @@ class _Coding:
 
 
 class _Bits:
-    """Bits of a packet header; after a byte 0xFF the next one has seven."""
+    """Bits of packet headers; after a byte 0xFF the next one has seven."""
 
-    __slots__ = ("_byte", "_left", "_view", "at")
+    __slots__ = ("_at", "_byte", "_left", "_read", "view")
 
-    def __init__(self, view: memoryview, at: int) -> None:
-        self._view, self.at, self._byte, self._left = view, at, 0, 0
+    def __init__(self, view: memoryview) -> None:
+        self.view, self._read = view, 0
+        self.begin(0)
+
+    def begin(self, at: int) -> None:
+        self._at, self._byte, self._left = at, 0, 0
 
     def bit(self) -> int:
         if not self._left:
-            if self.at >= len(self._view):
+            if self._at >= len(self.view):
                 raise _OutOfBytesError
             stuffed = self._byte == 0xFF
-            self._byte = self._view[self.at]
-            if stuffed and self._byte > 0x7F:
-                raise DecodeError("a marker inside a packet header")
-            self.at += 1
+            self._byte = self.view[self._at]
+            self._at += 1
+            self._read += 1
+            if (stuffed and self._byte > 0x7F) or self._read > _MOST_HEADER_BYTES:
+                raise DecodeError("a marker inside a packet header, or no end of headers")
             self._left = 7 if stuffed else 8
         self._left -= 1
         return self._byte >> self._left & 1
@@ -108,7 +112,7 @@ class _Bits:
 
     def end(self) -> int:
         """Where the header ends: a last byte 0xFF is followed by one more."""
-        return self.at + (self._byte == 0xFF)
+        return self._at + (self._byte == 0xFF)
 
 
 class _TagTree:
@@ -253,11 +257,11 @@ def _walk(view: memoryview, at: int, limit: int | None, coding: _Coding, grids: 
     """Follow the packets from `at`; the tile-part ends at `limit`, if that is known."""
     if limit is not None:
         view = view[:limit]
-    ends = []
+    bits, ends = _Bits(view), []
     try:
         for grid in grids:
             for bands, layer in _packets(grid, coding):
-                at = _packet_end(view, at, bands, layer, coding)
+                at = _packet_end(bits, at, bands, layer, coding)
                 if limit is not None and at > limit:
                     return WHOLE
             ends.append(at)
@@ -289,11 +293,11 @@ def _packets(grid: _Grid, coding: _Coding) -> Iterator[tuple[list[_Band], int]]:
                 yield bands, layer
 
 
-def _packet_end(view: memoryview, at: int, bands: list[_Band], layer: int, coding: _Coding) -> int:
+def _packet_end(bits: _Bits, at: int, bands: list[_Band], layer: int, coding: _Coding) -> int:
     """Where a packet ends that begins at `at` (T.800 B.9, B.10)."""
-    if coding.may_have_sop and view[at : at + 4] == _SOP:
+    if coding.may_have_sop and bits.view[at : at + 4] == _SOP:
         at += _SOP_SIZE
-    bits = _Bits(view, at)
+    bits.begin(at)
     size = 0
     if bits.bit():
         for band in bands:
@@ -302,9 +306,9 @@ def _packet_end(view: memoryview, at: int, bands: list[_Band], layer: int, codin
                     size += _block_size(bits, band, column, row, layer, coding.style)
     at = bits.end()
     if coding.has_eph:
-        if at + 2 > len(view):
+        if at + 2 > len(bits.view):
             raise _OutOfBytesError
-        if view[at : at + 2] != _EPH:
+        if bits.view[at : at + 2] != _EPH:
             raise DecodeError("a packet header without its end marker")
         at += 2
     return at + size

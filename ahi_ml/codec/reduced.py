@@ -190,7 +190,7 @@ def smaller_stream(data: Buffer, layout: Layout, reduce: int, end: int, *, depth
     Parameters
     ----------
     data, layout : bytes-like, Layout
-        The frame, or at least the prefix that `progressive.prefix_of` told, and what `layout.layout_of`
+        The frame, or at least the prefix that `progressive.prefix_of` told, and what `layout_of`
         said of it.
     reduce : int
         Levels to leave out, up to those of the stream.

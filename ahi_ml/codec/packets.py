@@ -295,8 +295,11 @@ def _packets(grid: _Grid, coding: _Coding) -> Iterator[tuple[list[_Band], int]]:
 
 def _packet_end(bits: _Bits, at: int, bands: list[_Band], layer: int, coding: _Coding) -> int:
     """Where a packet ends that begins at `at` (T.800 B.9, B.10)."""
-    if coding.may_have_sop and bits.view[at : at + 4] == _SOP:
+    start = bytes(bits.view[at : at + len(_SOP)]) if coding.may_have_sop else b""
+    if start == _SOP:
         at += _SOP_SIZE
+    elif start and _SOP.startswith(start):
+        raise _OutOfBytesError
     bits.begin(at)
     size = 0
     if bits.bit():

@@ -359,6 +359,14 @@ class TestRules:
         for reduce in range(1, coding.levels + 1):
             assert ask(frame, J2K, pixels, reduce)[0] == ends[-1 - reduce]
 
+    @pytest.mark.parametrize("style", [BYPASS, HIGH_THROUGHPUT])
+    def test_wherever_the_head_ends(self, style: int) -> None:
+        coding = Coding(40, 30, 1, 2, 1, RPCL, style, SOP | EPH, (3, 3), [(5, 5)] * 3)
+        frame, ends = coding.stream(np.random.default_rng(3))
+        pixels = PixelFormat(40, 30, 1, 16, 12)
+        for first in range(1, ends[1] + 1):
+            assert ask(frame, J2K, pixels, 1, first=first)[0] == ends[1]
+
     @pytest.fixture
     def plain(self) -> Coding:
         return Coding(100, 90, 1, 2, 1, RPCL, HIGH_THROUGHPUT, 0, (4, 4), [(7, 7)] * 3)

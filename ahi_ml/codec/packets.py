@@ -49,7 +49,7 @@ class _Grid:
 
     @property
     def blocks(self) -> int:
-        (columns, rows) = self.block
+        columns, rows = self.block
         return sum(_parts(width, columns) * _parts(height, rows) for width, height in self.bands)
 
     def precincts(self) -> Iterator[list[tuple[int, int]]]:

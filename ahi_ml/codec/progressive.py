@@ -116,7 +116,8 @@ def resolution_end(data: Buffer, layout: Layout, reduce: int, *, one_part_a_reso
     Returns
     -------
     int or None
-        None when a header inside the stream says that its parts differ from each other.
+        Of a lone tile-part that is here whole, its end. None when a header inside the stream says that its parts
+        differ from each other.
 
     Raises
     ------

@@ -20,7 +20,8 @@ class Part:
     Parameters
     ----------
     needed : callable
-        Takes the first bytes of the frame, says how many are enough; None while that cannot be told from them.
+        Takes the first bytes of the frame, says how many are enough, and True; or with how many to ask again while that
+        cannot be told from them, and False.
 
     Attributes
     ----------
@@ -28,16 +29,16 @@ class Part:
         Whether reading was stopped: what came is not the whole frame.
     """
 
-    __slots__ = ("_enough", "_needed", "stopped")
+    __slots__ = ("_certain", "_needed", "_size", "stopped")
 
-    def __init__(self, needed: Callable[[bytes], int | None]) -> None:
+    def __init__(self, needed: Callable[[bytes], tuple[int, bool]]) -> None:
         self._needed = needed
         self.begin()
 
     def begin(self) -> None:
         """Forget an answer that is asked for again. I/O: none."""
         self.stopped = False
-        self._enough: int | None = None
+        self._size, self._certain = 0, False
 
     def stops(self, have: int, total: int, head: Callable[[], bytes]) -> bool:
         """Whether to stop reading now. I/O: none.
@@ -51,7 +52,7 @@ class Part:
         """
         if total < WORTH_BYTES:
             return False
-        if self._enough is None:
-            self._enough = self._needed(head())
-        self.stopped = self._enough is not None and have >= self._enough and total - have >= WORTH_BYTES
+        if not self._certain and have >= self._size:
+            self._size, self._certain = self._needed(head())
+        self.stopped = self._certain and have >= self._size and total - have >= WORTH_BYTES
         return self.stopped

@@ -18,8 +18,8 @@ import imagecodecs
 import numpy as np
 
 from ahi_ml.codec import jpeg2000, progressive, reduced, wavelet
+from ahi_ml.codec.layout import WHOLE, Prefix
 from ahi_ml.codec.pixelformat import PixelFormat, match_shape
-from ahi_ml.codec.progressive import WHOLE, Prefix
 from ahi_ml.codec.syntaxes import (
     EXPLICIT_LE,
     HTJ2K_LOSSLESS_RPCL,

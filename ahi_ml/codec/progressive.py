@@ -2,148 +2,28 @@
 
 Where the packets of the lower resolutions come first, the beginning of a stream *is* a smaller
 image. Its length is known from the tile-part lengths of the main header (TLM), from the headers of
-the tile-parts where there is one a resolution (SOT), or from the packet lengths of a single one
-(PLT).
+the tile-parts where there is one a resolution (SOT), or from the packets of a single one.
 
-Sources: ITU-T T.800 annex A (markers), B.5 (resolutions), B.6 (precincts), B.12 (progression orders).
+Source: ITU-T T.800 annex A (markers).
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from functools import lru_cache
 
-from ahi_ml.codec.jpeg2000 import StreamInfo, inspect
+from ahi_ml.codec.jpeg2000 import StreamInfo
+from ahi_ml.codec.layout import WHOLE, Layout, Prefix, layout_of
+from ahi_ml.codec.packets import resolution_ends
 from ahi_ml.errors import DecodeError
 from ahi_ml.types import Buffer
 
-__all__ = ["WHOLE", "Layout", "Prefix", "check_complete", "layout_of", "prefix_of", "prefixes_of", "resolution_end"]
+__all__ = ["check_complete", "prefix_of", "prefixes_of", "resolution_end"]
 
-_SIZ, _COD, _QCD, _QCC = 0xFF51, 0xFF52, 0xFF5C, 0xFF5D
-_TLM, _PLM, _PLT = 0xFF55, 0xFF57, 0xFF58
+_TLM, _PLT, _COM = 0xFF55, 0xFF58, 0xFF64
 _SOT, _SOD, _EOC = 0xFF90, 0xFF93, 0xFFD9
-_COM = 0xFF64
-# Segments that change nothing between resolutions, or are adapted: CAP, PRF, CPF, CRG and the above. Left out:
-# COC and POC (another coding style or order), RGN, PPM, and whatever nobody here has seen.
-_PLAIN = {_SIZ, _COD, _QCD, _QCC, _TLM, _PLM, _COM, 0xFF50, 0xFF56, 0xFF59, 0xFF63}
 _PLAIN_IN_TILE_PARTS = {_PLT, _COM}
-_LRCP, _RLCP, _RPCL = 0, 1, 2
 _SOT_SIZE = 12
 _ENOUGH_FOR_A_HEADER = 4096  # the data store's own take some 300 bytes
-_LIKELY_HEADER = 1024
-_HEADERS_KEPT = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """How many bytes from the start of an encoded frame a decode needs.
-
-    Parameters
-    ----------
-    size : int or None
-        ``known``: that many bytes suffice, None means the whole frame. Not ``known``: ask again with so
-        many bytes, or with the whole frame if it is shorter.
-    known : bool
-        Whether the bytes given were enough to tell.
-    """
-
-    size: int | None
-    known: bool
-
-
-WHOLE = Prefix(None, True)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """The main header of a stream whose lower resolutions can be decoded alone; compared by identity.
-
-    Parameters
-    ----------
-    info : StreamInfo
-        Sizes and coding style.
-    segments : tuple of (marker, position, size)
-        Its marker segments; positions count from the start of the data, sizes include the marker.
-    body : int
-        Where the first tile-part begins.
-    header : bytes
-        The data before the body. The tile-part lengths (TLM) may be another frame's.
-    """
-
-    info: StreamInfo
-    segments: tuple[tuple[int, int, int], ...]
-    body: int
-    header: bytes
-
-
-def layout_of(data: Buffer) -> Layout | None:
-    """Read a main header; None when the lower resolutions of the stream do not come first.
-
-    That takes a single tile at the origin, one coding style, and an order in which all packets of
-    a resolution precede those of the next: RLCP, RPCL, or LRCP with one layer.
-
-    I/O: none.
-
-    Raises
-    ------
-    DecodeError
-        As `jpeg2000.inspect`.
-    """
-    # The frames of a series differ in their tile-part lengths alone, so what comes before is read once.
-    head = bytes(memoryview(data)[:_LIKELY_HEADER])
-    sot = head.find(b"\xff\x90")
-    tlm = head.find(b"\xff\x55", 0, max(sot, 0))
-    layout = _familiar_layout(head[: sot if tlm < 0 else tlm + 4]) if sot > 0 else None
-    if layout is not None and head[layout.body : layout.body + 2] == b"\xff\x90":
-        return layout
-    return _read_layout(memoryview(data))
-
-
-@lru_cache(_HEADERS_KEPT)
-def _familiar_layout(start: bytes) -> Layout | None:
-    """Layout of every stream that starts so: a main header, or one up to the length of a TLM that ends it.
-
-    None also when the bytes taken for a marker stand in the middle of a segment.
-    """
-    size = len(start)
-    tlm = start[-4:-2] == b"\xff\x55"
-    if tlm:
-        start += bytes(max(int.from_bytes(start[-2:], "big") - 2, 0))
-    try:
-        layout = _read_layout(memoryview(start + b"\xff\x90\0\x0a"))
-    except DecodeError:
-        return None
-    if layout is None or layout.body != len(start) or (tlm and layout.segments[-1][:2] != (_TLM, size - 4)):
-        return None
-    return layout
-
-
-def _read_layout(view: memoryview) -> Layout | None:
-    info = inspect(view)
-    segments = []
-    at = info.offset + 2
-    try:
-        while True:
-            marker, length = struct.unpack_from(">HH", view, at)
-            if marker == _SOT:
-                break
-            if marker not in _PLAIN or length < 2:
-                return None
-            segments.append((marker, at, 2 + length))
-            at += 2 + length
-    except struct.error as error:
-        raise DecodeError(f"a JPEG 2000 stream of {len(view)} bytes ends inside its main header") from error
-    size = struct.unpack_from(">8I", view, info.offset + 8)
-    if size[2:4] != (0, 0) or size[6:8] != (0, 0) or size[4] < size[0] or size[5] < size[1]:
-        return None
-    cod = [place for marker, place, _ in segments if marker == _COD]
-    if len(cod) != 1 or info.levels > 32:
-        return None
-    layers = struct.unpack_from(">H", view, cod[0] + 6)[0]
-    if info.progression not in (_RLCP, _RPCL) and (info.progression, layers) != (_LRCP, 1):
-        return None
-    return Layout(info, tuple(segments), at, bytes(view[:at]))
 
 
 def prefix_of(head: Buffer, reduce: int, *, one_part_a_resolution: bool = False) -> Prefix:
@@ -182,7 +62,8 @@ def prefix_of(head: Buffer, reduce: int, *, one_part_a_resolution: bool = False)
         lengths = _tile_part_lengths(view, layout)
         if len(lengths) == parts:
             return Prefix(layout.body + sum(lengths[:keep]), True)
-        return _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
+        ends = _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
+        return ends if isinstance(ends, Prefix) else Prefix(ends[-1], True)
     except (struct.error, IndexError):  # segments shorter than what they should hold
         return WHOLE
 
@@ -207,18 +88,15 @@ def prefixes_of(data: Buffer, layout: Layout, *, one_part_a_resolution: bool = F
         One a level, falling; empty when the frame cannot be cut.
     """
     view = memoryview(data)
-    ends = []
     try:
-        if not _parts_as_supposed(view, layout):
+        if _first_tile_part(view, layout.body) == WHOLE or not _parts_as_supposed(view, layout):
             return ()
-        for keep in range(layout.info.levels, 0, -1):
-            needed = _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
-            if not needed.known or needed.size is None or needed.size > len(view):
-                return ()
-            ends.append(needed.size)
+        ends = _walk(view, layout, layout.info.levels, one_part_a_resolution or layout.info.components == 1)
     except (struct.error, IndexError):
         return ()
-    return tuple(ends) if _first_tile_part(view, layout.body) != WHOLE else ()
+    if isinstance(ends, Prefix) or not ends or ends[-1] > len(view):
+        return ()
+    return tuple(reversed(ends))
 
 
 def resolution_end(data: Buffer, layout: Layout, reduce: int, *, one_part_a_resolution: bool = False) -> int | None:
@@ -238,7 +116,8 @@ def resolution_end(data: Buffer, layout: Layout, reduce: int, *, one_part_a_reso
     Returns
     -------
     int or None
-        None when a header inside the stream says that its parts differ from each other.
+        Of a lone tile-part that is here whole, its end. None when a header inside the stream says that its parts
+        differ from each other.
 
     Raises
     ------
@@ -248,9 +127,12 @@ def resolution_end(data: Buffer, layout: Layout, reduce: int, *, one_part_a_reso
     view = memoryview(data)
     if _first_tile_part(view, layout.body) == WHOLE:
         return None
+    parts, complete = _tile_parts(view, layout.body) if _is_lone(view, layout) else ([], False)
+    if complete:  # decoders pass over the higher resolutions faster than their beginning is found here
+        return parts[-1][1]
     keep = layout.info.levels + 1 - reduce
-    needed = _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
-    end = needed.size if needed.known else None
+    ends = _walk(view, layout, keep, one_part_a_resolution or layout.info.components == 1)
+    end = None if isinstance(ends, Prefix) else ends[-1]
     if end is None or not view[layout.body + 11]:  # the number of tile-parts is not said: if all are here, count them
         parts, complete = _tile_parts(view, layout.body)
         if complete and (end is None or len(parts) not in (1, layout.info.levels + 1)):
@@ -319,22 +201,35 @@ def _parts_as_supposed(view: memoryview, layout: Layout) -> bool:
     return complete and len(parts) in (1, layout.info.levels + 1)
 
 
-def _walk(view: memoryview, layout: Layout, keep: int, trusted: bool) -> Prefix:
-    """Tell from the headers of the tile-parts where the first `keep` resolutions end."""
+def _is_lone(view: memoryview, layout: Layout) -> bool:
+    """Whether there is one tile-part for all resolutions, going by its header."""
+    if layout.body + _SOT_SIZE > len(view):
+        return False
+    psot, total = struct.unpack_from(">IxB", view, layout.body + 6)
+    return layout.info.levels > 0 and (total == 1 or not psot)
+
+
+def _walk(view: memoryview, layout: Layout, keep: int, trusted: bool) -> list[int] | Prefix:
+    """Tell where each of the first `keep` resolutions ends, from the headers of the tile-parts or a lone one's packets.
+
+    A `Prefix` when it cannot be told from these bytes, or from any.
+    """
     at, parts = layout.body, layout.info.levels + 1
+    ends = []
     for number in range(keep):
         if at + _SOT_SIZE > len(view):
             return Prefix(at + _SOT_SIZE, False)
         marker, length, tile, psot, index, total = struct.unpack_from(">HHHIBB", view, at)
         if (marker, length, tile, index) != (_SOT, 10, 0, number):
             return WHOLE
-        if number == 0 and parts > 1 and (total == 1 or not psot):
+        if number == 0 and _is_lone(view, layout):
             header = _first_tile_part(view, layout.body)
-            return _packets(view, layout, keep, header.size) if header.known and header.size else header
+            return resolution_ends(view, layout, header.size, keep) if header.known and header.size else header
         if total not in (parts, 0) or (total == 0 and not trusted) or psot < _SOT_SIZE + 2:
             return WHOLE
         at += psot
-    return Prefix(at, True)
+        ends.append(at)
+    return ends
 
 
 def _tile_part_lengths(view: memoryview, layout: Layout) -> list[int]:
@@ -361,47 +256,16 @@ def _tile_part_lengths(view: memoryview, layout: Layout) -> list[int]:
 def _first_tile_part(view: memoryview, body: int) -> Prefix:
     """Where the header of the first tile-part ends; the whole frame if it changes the coding style."""
     at = body + _SOT_SIZE
-    while at + 4 <= len(view):
-        marker, length = struct.unpack_from(">HH", view, at)
+    while at + 2 <= len(view):
+        marker = int.from_bytes(view[at : at + 2], "big")
         if marker == _SOD:
             return Prefix(at + 2, True)
-        if marker not in _PLAIN_IN_TILE_PARTS or length < 2:
+        if marker not in _PLAIN_IN_TILE_PARTS:
+            return WHOLE
+        if at + 4 > len(view):
+            break
+        length = int.from_bytes(view[at + 2 : at + 4], "big")
+        if length < 2:
             return WHOLE
         at += 2 + length
     return Prefix(at + 4, False)
-
-
-def _packets(view: memoryview, layout: Layout, keep: int, data: int) -> Prefix:
-    """Tell from the packet lengths of a lone tile-part (PLT, T.800 A.7.3) where `keep` resolutions end."""
-    at = layout.body + _SOT_SIZE
-    found: list[tuple[int, bytes]] = []
-    while at < data - 2:
-        marker, length = struct.unpack_from(">HH", view, at)
-        if marker == _PLT:
-            found.append((view[at + 4], bytes(view[at + 5 : at + 2 + length])))
-        at += 2 + length
-    found.sort()
-    lengths, value = [], 0
-    for byte in b"".join(piece for _, piece in found):
-        value = value << 7 | byte & 0x7F
-        if not byte & 0x80:
-            lengths.append(value)
-            value = 0
-    count = _packet_count(view, layout, keep)
-    if len(lengths) < count:
-        return WHOLE
-    return Prefix(data + sum(lengths[:count]), True)
-
-
-def _packet_count(view: memoryview, layout: Layout, keep: int) -> int:
-    """Packets of the lowest `keep` resolutions: precincts (T.800 B.6) by components by layers."""
-    cod = next(at for marker, at, _ in layout.segments if marker == _COD)
-    layers = struct.unpack_from(">H", view, cod + 6)[0]
-    precincts = 0
-    for resolution in range(keep):
-        exponents = view[cod + 14 + resolution] if view[cod + 4] & 1 else 0xFF
-        scale = layout.info.levels - resolution
-        across = -(-layout.info.columns // (1 << scale + (exponents & 15)))
-        down = -(-layout.info.rows // (1 << scale + (exponents >> 4)))
-        precincts += across * down
-    return precincts * int(layers) * layout.info.components

@@ -20,8 +20,9 @@ import numpy as np
 
 from ahi_ml.codec import jpeg2000, wavelet
 from ahi_ml.codec.jpeg2000 import StreamInfo
+from ahi_ml.codec.layout import Layout, layout_of
 from ahi_ml.codec.pixelformat import PixelFormat, match_shape
-from ahi_ml.codec.progressive import Layout, layout_of, resolution_end
+from ahi_ml.codec.progressive import resolution_end
 from ahi_ml.codec.syntaxes import HTJ2K_LOSSLESS_RPCL
 from ahi_ml.types import AnyArray, Buffer
 
@@ -189,7 +190,7 @@ def smaller_stream(data: Buffer, layout: Layout, reduce: int, end: int, *, depth
     Parameters
     ----------
     data, layout : bytes-like, Layout
-        The frame, or at least the prefix that `progressive.prefix_of` told, and what `progressive.layout_of`
+        The frame, or at least the prefix that `progressive.prefix_of` told, and what `layout_of`
         said of it.
     reduce : int
         Levels to leave out, up to those of the stream.

@@ -21,11 +21,9 @@ def part_of(source: FrameSource, reduce: int) -> Part | None:
         return None
     kind = source.profile
 
-    def needed(head: bytes) -> int | None:
+    def needed(head: bytes) -> tuple[int, bool]:
         answer = prefix(head, kind.syntax, kind.pixels, reduce)
-        if not answer.known:
-            return None
-        return sys.maxsize if answer.size is None else answer.size
+        return sys.maxsize if answer.size is None else answer.size, answer.known
 
     return Part(needed)
 

@@ -28,8 +28,17 @@ def options(reduce: int) -> ReadOptions:
 
 
 @pytest.fixture(scope="module")
-def filled(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataStore]:
-    """One large frame with much noise (some 6 MB), and a small one."""
+def filled(store_folder: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataStore]:
+    """A data store of one large frame (some 6 MB) and a small one."""
+    with ahi_ml.connect(store_folder, cache=tmp_path_factory.mktemp("cache")) as store:
+        store.progress = False
+        assert store.import_dicom(scans).imported == 2
+        yield store
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DICOM files of one large frame with much noise, and of a small one."""
     source = tmp_path_factory.mktemp("dicom")
     dataset = dcmread(get_testdata_file("CT_small.dcm", download=False))
     dataset.save_as(source / "small.dcm")
@@ -41,10 +50,7 @@ def filled(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         setattr(dataset, name, generate_uid(entropy_srcs=["partial", name]))
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.save_as(source / "large.dcm")
-    with ahi_ml.connect(store_folder, cache=tmp_path_factory.mktemp("cache")) as store:
-        store.progress = False
-        assert store.import_dicom(source).imported == 2
-        yield store
+    return source
 
 
 @pytest.fixture
@@ -96,6 +102,24 @@ def test_reading_stops_where_it_is_enough(
         transport.close()
 
 
+def test_frames_of_a_j2k_data_store_too(filled: DataStore, store_folder: Path, scans: Path, tmp_path: Path) -> None:
+    """They have one tile-part and say no lengths: only their packets tell where a resolution ends."""
+    filled.client.create_datastore(datastoreName="j2k", losslessStorageFormat="JPEG_2000_LOSSLESS")
+    with ahi_ml.connect(store_folder, datastore="j2k", cache=tmp_path / "cache") as store:
+        store.progress = False
+        assert store.import_dicom(scans).imported == 2
+        index = store.search().index().where(f"Rows == {SIDE}")
+        assert index.profile(0).syntax.endswith(".90")
+        (whole,) = filled.reader.read(filled.search().index().where(f"Rows == {SIDE}").sources(), options(2))
+        (array,) = store.reader.read(index.sources(), options(2), cache=store.cache)
+        np.testing.assert_array_equal(array, whole)
+        (array,) = store.reader.read(index.sources(), options(3), cache=store.cache)
+        np.testing.assert_array_equal(array, truth(store, index, 3))
+        stats = store.reader.stats()
+        assert (stats["fetched"], stats["cached"]) == (1, 1)
+        assert stats["bytes_fetched"] < 0.2 * len(encoded(store, index))
+
+
 def test_small_frames_are_read_whole(store: DataStore, filled: DataStore) -> None:
     small = filled.search().index().where("Rows == 128")
     source = small.sources()[0]
@@ -138,19 +162,19 @@ class TestPart:
     def test_it_asks_until_it_knows(self) -> None:
         asked: list[int] = []
 
-        def needed(head: bytes) -> int | None:
+        def needed(head: bytes) -> tuple[int, bool]:
             asked.append(len(head))
-            return 700 if len(head) >= 200 else None
+            return (700, True) if len(head) >= 200 else (200, False)
 
         part, total = Part(needed), 10 * WORTH_BYTES
-        sizes = [100, 200, 600, 699, 700]
-        assert [part.stops(size, total, lambda size=size: bytes(size)) for size in sizes] == [False] * 4 + [True]
-        assert asked == [100, 200]
+        sizes = [100, 150, 200, 600, 699, 700]
+        assert [part.stops(size, total, lambda size=size: bytes(size)) for size in sizes] == [False] * 5 + [True]
+        assert asked == [100, 200], "asked with less than it said it takes"
         assert part.stopped
         part.begin()
         assert not part.stopped
 
     @pytest.mark.parametrize(("left", "stops"), [(WORTH_BYTES, True), (WORTH_BYTES - 1, False)])
     def test_what_is_not_worth_a_connection(self, left: int, stops: bool) -> None:
-        part = Part(lambda head: 1000)
+        part = Part(lambda head: (1000, True))
         assert part.stops(1000, 1000 + left, lambda: b"") is stops

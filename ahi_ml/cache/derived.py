@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from io import FileIO
-from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ahi_ml.cache.entries import DERIVED_START, checked_derived, derived_beginning, derived_header
 from ahi_ml.cache.folder import CacheFolder
+from ahi_ml.cache.marks import BYTE, SAMPLE_BITS, Marks
 from ahi_ml.cache.recipe import DECODER_EPOCH
 from ahi_ml.codec import crc32
 from ahi_ml.perprocess import PerProcess
@@ -22,30 +21,7 @@ from ahi_ml.types import AnyArray
 
 __all__ = ["DerivedTier", "ResultTier", "result_key"]
 
-_BYTES = 1 << 20  # of a bitmap of names
-_BYTE = _BYTES - 1
-_FORGET_AFTER_S = 3600.0  # when entries are touched again
-_SAMPLE_BITS = 6  # one read in 64 is checked
 _preadv: Any = getattr(os, "preadv", None)  # not on Windows: there every read is a checked one
-
-
-class _Marks:
-    """What one process remembers of the names it has read, in fixed space: two names may share a bit."""
-
-    __slots__ = ("checked", "forget_at", "random", "touched")
-
-    def __init__(self) -> None:
-        self.random = Random()
-        self.checked = bytearray(_BYTES)
-        self.touched = bytearray(_BYTES)
-        self.forget_at = time.monotonic() + _FORGET_AFTER_S
-
-    def lately(self) -> bytearray:
-        """Return the bitmap of names touched within the hour."""
-        now = time.monotonic()
-        if now > self.forget_at:
-            self.touched, self.forget_at = bytearray(_BYTES), now + _FORGET_AFTER_S
-        return self.touched
 
 
 class _Fit(NamedTuple):
@@ -106,7 +82,7 @@ class DerivedTier:
         self._folder = folder
         self._identity = datastore_id, recipe
         self._named = hashlib.blake2b(result_key(datastore_id, recipe).encode(), digest_size=16)
-        self._marks = PerProcess(_Marks)
+        self._marks = PerProcess(Marks)
         self._fit = _Fit.of(np.empty(0, np.int16))  # the last one: rows of a batch are alike
 
     def __reduce__(self) -> tuple[Callable[..., DerivedTier], tuple[CacheFolder, str, str]]:
@@ -118,35 +94,8 @@ class DerivedTier:
         return named.hexdigest()
 
     def read_into(self, key: str, out: AnyArray) -> bool | None:
-        """Read one result; see `read_many`, which costs less for several."""
-        fit, state, marks = self._fit, self._folder.state(), self._marks.get()
-        name = self._name(key)
-        mark = hash(name)
-        sampled = not marks.random.getrandbits(_SAMPLE_BITS)
-        # The plain case without the machinery of many; every doubt is left to that.
-        if (
-            _preadv is not None
-            and not sampled
-            and state.private
-            and marks.touched[mark >> 3 & _BYTE] >> (mark & 7) & 1
-            and out.dtype is fit.dtype
-            and out.shape == fit.shape
-        ):
-            head = bytearray(DERIVED_START)
-            try:
-                descriptor = os.open(self._folder.place(name), os.O_RDONLY)
-                try:
-                    got = _preadv(descriptor, (head, out), 0)
-                finally:
-                    os.close(descriptor)
-            except OSError:
-                got = 0
-            if got == fit.size and head.startswith((fit.verified, fit.unverified)):
-                with state.lock:
-                    state.stats.derived_hits += 1
-                    state.stats.bytes += out.nbytes
-                return head.startswith(fit.verified)
-        return self._read_many((key,), (out,), sampled)[0]
+        """Read one result; see `read_many`."""
+        return self.read_many((key,), (out,))[0]
 
     def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
         """Read results into rows of a batch.
@@ -174,9 +123,6 @@ class DerivedTier:
         ValueError
             A row is not contiguous, or cannot be written.
         """
-        return self._read_many(keys, outs, False)
-
-    def _read_many(self, keys: Sequence[str], outs: Sequence[AnyArray], check_all: bool) -> list[bool | None]:
         folder = self._folder
         state = folder.state()
         if not state.private:
@@ -186,7 +132,7 @@ class DerivedTier:
                 folder.count(derived_misses=len(keys))
                 return [None] * len(keys)
         # Two passes: copying pixels empties the processor's cache, so what runs between two copies is kept short.
-        places = self._places(keys, check_all)
+        places = self._places(keys)
         open_, close = os.open, os.close
         head = bytearray(DERIVED_START)
         fit = self._fit
@@ -224,7 +170,7 @@ class DerivedTier:
             state.stats.bytes += total
         return found
 
-    def _places(self, keys: Sequence[str], check_all: bool) -> list[tuple[str, int, bool, bool]]:
+    def _places(self, keys: Sequence[str]) -> list[tuple[str, int, bool, bool]]:
         """Return the path of each key, where its marks are, whether one call may read it, and whether to check it."""
         marks = self._marks.get()
         touched, sample = marks.lately(), marks.random.getrandbits
@@ -235,16 +181,14 @@ class DerivedTier:
             named.update(key.encode())
             name = named.hexdigest()
             mark = hash(name)
-            quick = _preadv is not None and touched[mark >> 3 & _BYTE] >> (mark & 7) & 1 == 1
-            places.append(
-                (f"{prefix}{name[:2]}{separator}{name[2:]}", mark, quick, check_all or not sample(_SAMPLE_BITS))
-            )
+            quick = _preadv is not None and touched[mark >> 3 & BYTE] >> (mark & 7) & 1 == 1
+            places.append((f"{prefix}{name[:2]}{separator}{name[2:]}", mark, quick, not sample(SAMPLE_BITS)))
         return places
 
     def _read_checked(self, path: str, mark: int, out: AnyArray, fit: _Fit) -> bool | None:
         """Read one entry with every doubt: the first time, by sampling, or because it did not look right."""
         folder, marks = self._folder, self._marks.get()
-        place, bit = mark >> 3 & _BYTE, 1 << (mark & 7)
+        place, bit = mark >> 3 & BYTE, 1 << (mark & 7)
         head = bytearray(DERIVED_START)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -266,8 +210,7 @@ class DerivedTier:
             folder.count(corrupt=1)
             return None
         folder.touch(path, status.st_mtime)
-        marks.checked[place] |= bit
-        marks.touched[place] |= bit
+        marks.note(mark)
         return head.startswith(fit.verified)
 
     def write(self, key: str, array: AnyArray, verified: bool) -> bool:
@@ -301,10 +244,8 @@ class DerivedTier:
         header = derived_header(array, verified=verified)
         if header is None:
             return False
-        name, marks = self._name(key), self._marks.get()
-        mark = hash(name)
-        for bitmap in (marks.checked, marks.touched):  # the next read is a first one
-            bitmap[mark >> 3 & _BYTE] &= ~(1 << (mark & 7))
+        name = self._name(key)
+        self._marks.get().forget(hash(name))
         return self._folder.write(name, header, array.data)
 
     def drop(self, key: str) -> None:

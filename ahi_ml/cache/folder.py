@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
+from ahi_ml.cache.marks import Marks
 from ahi_ml.codec import crc32
 from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
@@ -40,6 +41,8 @@ _LOOK_AFTER = 1 / 32  # of a share written by one process
 _ABOVE = 29 / 32  # of a share: two writers that have not looked yet, and what they write during a look, stay below it
 _DOWN_TO = 0.9
 _TOUCH_AFTER_S = 60.0
+_RESOLUTIONS = 9  # the full one, and those that may be asked for
+_LIKELY_SIZE = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
@@ -88,6 +91,8 @@ class FolderState:
     private: bool = False
     most_bytes: int = 0
     until_look: dict[str, float] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)  # of encoded entries
+    likely_size: dict[int, int] = field(default_factory=dict)  # bytes read of an entry, by resolution
 
 
 class CacheFolder:
@@ -190,14 +195,15 @@ class CacheFolder:
         state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
         state.ready = True
 
-    def read_entry(self, name: str, reduce: int = 0) -> tuple[EncodedHeader, bytes] | None:
-        """Read an encoded entry, or the part of it that a resolution needs, and check every byte.
+    def read_entry(self, name: str, reduce: int = 0, *, always: bool = False) -> tuple[EncodedHeader, Buffer] | None:
+        """Read an encoded entry, or the part of it that a resolution needs.
 
-        I/O: one file; a damaged one is deleted and counted. When the disk refuses, one warning.
+        I/O: one file. Its header is always checked, its bytes on first read and then by sampling, unless `always` is
+        set: see `Marks`. A damaged one is deleted and counted. When the disk refuses, one warning.
 
         Returns
         -------
-        tuple of (EncodedHeader, bytes), or None
+        tuple of (EncodedHeader, bytes-like), or None
             None when there is none, or none that has so much.
 
         Raises
@@ -205,18 +211,23 @@ class CacheFolder:
         CacheError
             Others can look into the folder.
         """
-        path = self.place(name)
+        state, path = self._state.get(), self.place(name)
+        mark = hash((name, reduce))
+        status = part = None
+        end = 0
         try:
-            if not self._state.get().private:
+            if not state.private:
                 self.check_private()
             descriptor = os.open(path, _READ)
-            try:
-                status = os.fstat(descriptor)
-                header = EncodedHeader.parse(os.read(descriptor, ENCODED_START))
-                if header is not None and status.st_size != ENCODED_START + header.length:
-                    header = None
+            try:  # in as few calls as can be: each hands the GIL over, and may have to wait for it
+                raw = os.read(descriptor, state.likely_size.get(reduce, _LIKELY_SIZE))
+                header = EncodedHeader.parse(raw)
                 part = header.part(reduce) if header else None
-                data = _read(descriptor, part[0]) if part else b""
+                if part is not None:
+                    end = ENCODED_START + part[0]
+                    raw = self._complete(descriptor, raw, end, reduce)
+                if always or not state.marks.known(mark):
+                    status = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -224,14 +235,30 @@ class CacheFolder:
         except OSError as error:
             self.disable(error)
             return None
-        if header is None or (part and (len(data) != part[0] or crc32(data) != part[1])):
+        sound = header is not None and len(raw) >= end
+        data = memoryview(raw)[ENCODED_START:end]
+        if sound and status is not None and header is not None:
+            sound = status.st_size == ENCODED_START + header.length and (part is None or crc32(data) == part[1])
+        if not sound:
             self.drop(path)
             self.count(corrupt=1)
             return None
-        if part is None:
+        if part is None or header is None:
             return None
-        self.touch(path, status.st_mtime)
+        if status is not None:
+            self.touch(path, status.st_mtime)
+            state.marks.note(mark)
         return header, data
+
+    def _complete(self, descriptor: int, raw: bytes, end: int, reduce: int) -> bytes:
+        """Read on to the end of what is needed, and guess better the next time."""
+        likely = self._state.get().likely_size
+        guess = likely.get(reduce, _LIKELY_SIZE)
+        if end > guess or guess > 2 * end:
+            likely[reduce] = end + end // 4
+        while len(raw) < end and (more := os.read(descriptor, end - len(raw))):
+            raw += more
+        return raw
 
     def write(self, name: str, header: bytes, payload: Buffer) -> bool:
         """Put an entry in its place, whole or not at all.
@@ -262,6 +289,8 @@ class CacheFolder:
                 self.disable(error)
             return False
         self.count(writes=1)
+        for reduce in range(_RESOLUTIONS):
+            self._state.get().marks.forget(hash((name, reduce)))
         self._look_after(name[:2], len(header) + memoryview(payload).nbytes)
         return True
 
@@ -343,11 +372,3 @@ def restrict_on_windows(path: Path) -> None:
     with suppress(OSError, subprocess.SubprocessError):
         command = ["icacls", os.fspath(path), "/inheritance:r", "/grant:r", grant]
         subprocess.run(command, check=True, capture_output=True, timeout=10)
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    """Read so many bytes, or all there are: in one call, unless the file system gives less."""
-    data = os.read(descriptor, size)
-    while data and len(data) < size and (more := os.read(descriptor, size - len(data))):
-        data += more
-    return data

@@ -128,8 +128,8 @@ class FrameCache:
         """The cached frame, or None.
 
         I/O: one file; a damaged one is deleted and counted. When there is none, one request to the remote tier, if
-        there is one; what it gives is kept in the folder as well. Every byte that is read is checked: a decoder would
-        not notice, and the check takes a hundredth of the decoding.
+        there is one; what it gives is kept in the folder as well. Bytes are checked when a process first reads them,
+        then once in 64 reads.
 
         Parameters
         ----------

@@ -27,6 +27,9 @@ _SOT = 0xFF90
 _SMALLEST_SIDE = 64  # PS3.5 A.4.4: the base resolution has a side of 64 samples or fewer
 _MOST_LEVELS = 8
 _CONFIRMED_BITS = 16
+_START = 48  # bytes: the sizes, and nothing yet that differs between the frames of a series
+_MOST_FAMILIAR, _LONGEST_FAMILIAR = 256, 4096
+_FAMILIAR: dict[bytes, tuple[bytes, StreamInfo]] = {}  # by how streams begin: those of a series begin alike
 _MOST_TILES = 65_535  # T.800 A.4.2: their numbers have 16 bits
 
 
@@ -130,6 +133,20 @@ def inspect(data: Buffer) -> StreamInfo:
         cannot be, or that DICOM does not know.
     """
     view = memoryview(data)
+    start = bytes(view[:_START])
+    familiar = _FAMILIAR.get(start)
+    if familiar is not None and view[: len(familiar[0])] == familiar[0]:
+        return familiar[1]
+    info, end = _inspect(view)
+    if end <= _LONGEST_FAMILIAR:
+        if len(_FAMILIAR) >= _MOST_FAMILIAR:
+            _FAMILIAR.clear()
+        _FAMILIAR[start] = bytes(view[:end]), info
+    return info
+
+
+def _inspect(view: memoryview) -> tuple[StreamInfo, int]:
+    """What the main header says, and where the part of it ends that says so."""
     offset = _codestream_offset(view)
     try:
         x1, y1, x0, y0 = struct.unpack_from(">IIII", view, offset + 8)
@@ -147,7 +164,7 @@ def inspect(data: Buffer) -> StreamInfo:
             at += 2 + length
     except (struct.error, IndexError) as error:
         raise DecodeError(f"a JPEG 2000 stream of {len(view)} bytes ends inside its main header") from error
-    return StreamInfo(
+    info = StreamInfo(
         offset=offset,
         rows=y1 - y0,
         columns=x1 - x0,
@@ -160,6 +177,7 @@ def inspect(data: Buffer) -> StreamInfo:
         reversible=transform == 1,
         colour_transform=colour == 1,
     )
+    return info, at + 14
 
 
 def decode_stream(data: Buffer, info: StreamInfo, *, out: AnyArray | None = None) -> AnyArray:

@@ -52,8 +52,7 @@ class PixelFormat:
     @property
     def dtype(self) -> np.dtype[np.integer]:
         """The dtype of stored values; single bits unpack to uint8."""
-        size = max(self.bits_allocated, 8) // 8
-        return np.dtype(f"{'i' if self.signed and self.bits_allocated > 1 else 'u'}{size}")
+        return _dtype(self.bits_allocated, self.signed)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,6 +89,11 @@ class PixelFormat:
         if reduce < 0:
             raise ConfigError(f"reduce is a number of resolution levels, 0 or more, not {reduce}")
         return _reduced(self, reduce)
+
+
+@lru_cache(16)
+def _dtype(bits_allocated: int, signed: bool) -> np.dtype[np.integer]:
+    return np.dtype(f"{'i' if signed and bits_allocated > 1 else 'u'}{max(bits_allocated, 8) // 8}")
 
 
 @lru_cache(64)

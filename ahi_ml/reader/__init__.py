@@ -1,7 +1,7 @@
 """From frames named in an index to arrays: cache, fetch, decode, verify, convert. Floor 3.
 
 The one hot path. Many frames are under way at once: the transport's requests wait on the network,
-a pool of as many threads as cores decodes (the codecs release the GIL) straight into the caller's
+a pool of about as many threads as cores decodes (the codecs release the GIL) straight into the caller's
 arrays. What a caller submits together is a `Batch`; nothing here decides how much may be under way,
 whoever submits does.
 """
@@ -49,13 +49,13 @@ class Reader:
     datastore_id : str
         Part of the cache's key.
     threads : int, optional
-        Decoding threads; as many as cores by default.
+        Decoding threads; by default one more than cores, which works while another waits for the GIL or a file.
     """
 
     def __init__(self, transport: FrameTransport, datastore_id: str, *, threads: int | None = None) -> None:
         self._transport = transport
         self._datastore_id = datastore_id
-        self._pool = DecodePool(threads or decode_threads())
+        self._pool = DecodePool(threads or decode_threads() + 1)
         self._stats = ReaderStats()
         self._lock = threading.Lock()
         self._digests: dict[int, tuple[FrameProfile | MetadataError, str]] = {}

@@ -1,4 +1,4 @@
-"""The threads that decode: as many as cores, fed from one queue.
+"""The threads that decode, fed from one queue.
 
 What `concurrent.futures` asks for each piece of work (a future, its locks, a wake-up) costs a twentieth of
 decoding a frame. So its threads run a loop here that takes work while there is any: an executor still starts

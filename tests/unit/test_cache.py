@@ -395,3 +395,62 @@ class TestProcesses:
         for thread in threads:
             thread.join()
         assert cache.stats()["hits"] == 800
+
+
+class TestSampling:
+    """Bytes are checked when a process first reads them, and then now and then."""
+
+    def damage(self, cache: FrameCache) -> None:
+        path = only_file(cache)
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+
+    def test_damage_is_found_by_sampling(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        assert cache.get(STORE, FRAME) is not None
+        self.damage(cache)
+        reads = 0
+        while cache.get(STORE, FRAME) is not None:
+            reads += 1
+            assert reads < 5000
+        assert cache.stats()["corrupt"] == 1
+
+    def test_another_process_checks_for_itself(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        assert cache.get(STORE, FRAME) is not None
+        self.damage(cache)
+        assert FrameCache(cache.folder).get(STORE, FRAME) is None
+
+    def test_what_is_put_again_is_checked_again(self, cache: FrameCache) -> None:
+        for _ in range(20):
+            cache.put(STORE, FRAME, DATA, verified=True)
+            assert cache.get(STORE, FRAME) is not None
+            cache.put(STORE, FRAME, DATA, verified=True)
+            self.damage(cache)
+            assert cache.get(STORE, FRAME) is None
+
+    def test_a_damaged_header_is_found_at_once(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=False)
+        for place in range(HEADER):
+            assert cache.get(STORE, FRAME) is not None
+            path = only_file(cache)
+            whole = path.read_bytes()
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert cache.get(STORE, FRAME) is None
+            cache.put(STORE, FRAME, DATA, verified=False)
+
+    def test_a_file_cut_short_is_found_at_once(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        assert cache.get(STORE, FRAME) is not None
+        path = only_file(cache)
+        path.write_bytes(path.read_bytes()[:-1])
+        assert cache.get(STORE, FRAME) is None
+
+    @pytest.mark.parametrize("size", [1, 200_000, 262_072, 262_073, 900_000])
+    def test_sizes_around_what_is_read_at_first(self, cache: FrameCache, size: int) -> None:
+        for number in range(4):
+            data = bytes([number]) * (size // (number + 1) + 1)
+            cache.put(STORE, str(number), data, verified=True)
+            for _ in range(3):
+                assert get(cache, str(number)).data == data

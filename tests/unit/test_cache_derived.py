@@ -217,7 +217,7 @@ class TestDamage:
     def test_what_was_written_again_is_checked_again(
         self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(derived, "_SAMPLE_BITS", 60)
+        monkeypatch.setattr(derived, "SAMPLE_BITS", 60)
         for _ in range(2):
             tier.write(KEY, IMAGE, True)
             path = only_file(cache)
@@ -250,7 +250,7 @@ class TestUse:
     def test_reading_makes_young_once_an_hour(
         self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(derived, "_SAMPLE_BITS", 60)
+        monkeypatch.setattr(derived, "SAMPLE_BITS", 60)
         tier.write(KEY, IMAGE, True)
         path, out = only_file(cache), np.empty_like(IMAGE)
 
@@ -262,7 +262,7 @@ class TestUse:
         assert age_and_read()
         assert not age_and_read()
         later = time.monotonic() + 3601
-        monkeypatch.setattr(derived.time, "monotonic", lambda: later)
+        monkeypatch.setattr(time, "monotonic", lambda: later)
         assert age_and_read()
         assert not age_and_read()
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,61 +15,27 @@ import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ahi_ml.cache import FrameCache, ResultTier, recipe
+from ahi_ml.datasets.buffers import BufferPool
+from ahi_ml.datasets.pending import PendingBatch, TensorOptions, channels_last, keys_of
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
+from ahi_ml.perprocess import PerProcess
 from ahi_ml.pixels import Window
-from ahi_ml.reader import Batch, ReadOptions
+from ahi_ml.reader import Batch
 from ahi_ml.store import DataStore
 from ahi_ml.types import AnyArray, FrameStep, Output, PathType
 
-__all__ = ["FrameDataset", "Item", "PendingBatch"]
+__all__ = ["FrameDataset", "Item"]
 
 _LOG = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 Transform = Callable[..., Item]
 
-# torch has no arithmetic for the wider unsigned types.
-_TORCH_SAFE: dict[np.dtype[Any], np.dtype[Any]] = {
-    np.dtype(np.uint16): np.dtype(np.int32),
-    np.dtype(np.uint32): np.dtype(np.int64),
-}
 _SKIP_RATE = 0.01
 _SKIP_GRACE = 5
-
-
-class _TensorOptions(ReadOptions):
-    """Options whose results torch can hold: wider integers where it has no arithmetic for the stored ones."""
-
-    __slots__ = ()
-
-    def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
-        dtype = super().result_dtype(profile)
-        return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype, dtype)
-
-
-@dataclass(eq=False)
-class PendingBatch:
-    """Items under way.
-
-    Parameters
-    ----------
-    rows : ndarray of int
-        Which.
-    images : ndarray or list of ndarray
-        What they are read into, channels first: one array if they are of one form.
-    batch : Batch
-        The reader's.
-    epoch : int, optional
-        If not the dataset's.
-    """
-
-    rows: AnyArray
-    images: AnyArray | list[AnyArray]
-    batch: Batch
-    epoch: int | None = None
 
 
 class FrameDataset(Dataset[Item]):
@@ -154,7 +119,8 @@ class FrameDataset(Dataset[Item]):
         self._transform = None if call is None else SeededTransform(call, seed)
         self._epoch = SharedEpoch()
         self._meters = Meters()
-        self.options = _TensorOptions(output, dtype, steps, padding, window, verify, reduce)
+        self._buffers = PerProcess(_make_buffers)
+        self.options = TensorOptions(output, dtype, steps, padding, window, verify, reduce)
         self._target = target
         self._target_column = index.column(target) if isinstance(target, str) else None
         self.cache = (
@@ -226,7 +192,12 @@ class FrameDataset(Dataset[Item]):
         if isinstance(row, slice | np.ndarray | list) or (isinstance(row, torch.Tensor) and row.ndim):
             key = row.numpy() if isinstance(row, torch.Tensor) else row
             selected = FrameDataset.__new__(FrameDataset)
-            own = {"index": self.index[key], "_epoch": SharedEpoch(self._epoch.value), "_meters": Meters()}
+            own = {
+                "index": self.index[key],
+                "_epoch": SharedEpoch(self._epoch.value),
+                "_meters": Meters(),
+                "_buffers": PerProcess(_make_buffers),
+            }
             selected.__setstate__({**self.__getstate__(), **own})
             return selected
         return self.__getitems__([row])[0]
@@ -237,7 +208,8 @@ class FrameDataset(Dataset[Item]):
             # A full collection writes to every object that a forked worker inherited, and so copies them all.
             gc.freeze()
             self._settled = True
-        return self.items(self.submit(rows))
+        buffers = self._buffers.get()
+        return self.items(self.submit(rows, buffers.take), buffers)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """Tell where the time of reading goes, here and in each DataLoader worker, while a ``with`` block runs.
@@ -279,9 +251,9 @@ class FrameDataset(Dataset[Item]):
         sources = self.index.sources(numbers)
         images = self._allocate(sources, allocate)
         if isinstance(images, np.ndarray):
-            outs = list(_channels_last(images))
+            outs = list(channels_last(images))
         else:
-            outs = [_channels_last(image) for image in images]
+            outs = [channels_last(image) for image in images]
         reader = self.store.reader
         if not self._meters.counts_requests:  # what others have asked for before is not this dataset's
             self._meters.add_requests(reader.requests())
@@ -304,17 +276,22 @@ class FrameDataset(Dataset[Item]):
         shape = kind.shape(self.options.output, self.options.reduce)
         return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), self.options.result_dtype(kind)
 
-    def items(self, pending: PendingBatch) -> list[Item]:
-        """Wait for rows that were submitted and make their items. I/O: waits."""
+    def items(self, pending: PendingBatch, buffers: BufferPool | None = None) -> list[Item]:
+        """Wait for rows that were submitted and make their items; with the pool that lent their buffer. I/O: waits."""
         rows = self._arrived(pending)
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
         still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
         ids = self.index.ids(rows)
         started, transform_s = perf_counter(), 0.0
         items: list[Item] = []
-        for row, image, key, *values in zip(rows, pending.images, _keys(ids), *ids.values(), strict=True):
+        images: Iterable[torch.Tensor] = (
+            buffers.lend(pending.images)
+            if buffers is not None and isinstance(pending.images, np.ndarray)
+            else map(torch.from_numpy, pending.images)
+        )
+        for row, image, key, *values in zip(rows, images, keys_of(ids), *ids.values(), strict=True):
             meta = dict(zip(ids, values, strict=True))
-            item: Item = {"image": torch.from_numpy(image), "key": key, "meta": meta}
+            item: Item = {"image": image, "key": key, "meta": meta}
             if self._target is not None or self._transform is not None:
                 before = perf_counter()
                 if self._target is not None:
@@ -335,7 +312,7 @@ class FrameDataset(Dataset[Item]):
         rows = self._arrived(pending)
         started = perf_counter()
         ids = self.index.ids(rows)
-        batch = {"key": _keys(ids), "meta": {name: default_collate(values) for name, values in ids.items()}}
+        batch = {"key": keys_of(ids), "meta": {name: default_collate(values) for name, values in ids.items()}}
         if self._target is not None:
             targets = [
                 self._target_of(int(row), {"key": key, "meta": dict(zip(ids, values, strict=True))})
@@ -417,10 +394,8 @@ class FrameDataset(Dataset[Item]):
         )
 
 
-def _keys(ids: Mapping[str, list[Any]]) -> list[str]:
-    """What names frames in items: unique in a data store, whatever the frame's id."""
-    names = zip(ids["image_set_id"], ids["sop_instance_uid"], ids["frame_number"], strict=True)
-    return [f"{image_set}/{instance}/{number}" for image_set, instance, number in names]
+def _make_buffers() -> BufferPool:
+    return BufferPool(2)  # one batch is made while another is copied to where the consumer finds it
 
 
 def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:
@@ -437,8 +412,3 @@ def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform 
     if not callable(transform):
         raise ConfigError(f"transform is a pixel step or a callable, not {type(transform).__name__}")
     return (), transform
-
-
-def _channels_last(array: AnyArray) -> AnyArray:
-    """The reader's view of ``(..., C, rows, columns)``: ``(..., rows, columns[, C])``."""
-    return array[..., 0, :, :] if array.shape[-3] == 1 else np.moveaxis(array, -3, -1)

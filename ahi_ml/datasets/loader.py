@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
@@ -16,7 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from ahi_ml.datasets.frames import FrameDataset, Item, PendingBatch
+from ahi_ml.datasets.buffers import BufferPool
+from ahi_ml.datasets.frames import FrameDataset, Item
+from ahi_ml.datasets.pending import PendingBatch
 from ahi_ml.datasets.profile import LoadingStats, Profile
 from ahi_ml.datasets.sampler import EpochRows, ResumableSampler
 from ahi_ml.errors import ConfigError, DataError
@@ -99,7 +100,7 @@ class FrameLoader:
         self._under_way: set[float] = set()  # when the iterations began that have not ended
         self._collate = collate_fn
         self._ahead = 1 + math.ceil(frames_ahead / batch_size)
-        self._buffers = _BufferPool(self._ahead + 2)
+        self._buffers = BufferPool(self._ahead + 2)
 
     def __repr__(self) -> str:
         return f"<FrameLoader: {len(self):,} batches of {self.batch_size} over {self.dataset!r}, epoch {self.epoch}>"
@@ -235,33 +236,6 @@ class _Progress:
     epoch: int
     rows: Iterator[int]
     taken: int = 0
-
-
-class _BufferPool:
-    """Batch buffers, used again once no tensor refers to them: page faults cost as much as decoding's rest."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._free: list[AnyArray] = []
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
-        """An array of this form, recycled when there is one."""
-        for number in reversed(range(len(self._free))):  # what was used last may still be in the processor's cache
-            array = self._free[number]
-            if array.shape == shape and array.dtype == dtype:
-                return self._free.pop(number)
-        return np.empty(shape, dtype)
-
-    def lend(self, array: AnyArray) -> torch.Tensor:
-        """The array as a tensor; it comes back when the last tensor over it is gone."""
-        view = array.view()  # torch keeps this very object alive through every slice of the tensor
-        tensor = torch.from_numpy(view)
-        weakref.finalize(view, self._give_back, array)
-        return tensor
-
-    def _give_back(self, array: AnyArray) -> None:
-        self._free.append(array)
-        del self._free[: -self._most]  # of shapes that no longer come, the oldest go first
 
 
 def _images(arrays: list[AnyArray], keys: list[str]) -> list[Item]:

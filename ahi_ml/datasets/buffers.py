@@ -1,0 +1,50 @@
+"""Memory that batches are decoded into, used again: page faults cost as much as decoding's rest. Floor 6."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+from ahi_ml.types import AnyArray
+
+__all__ = ["BufferPool"]
+
+_WORTH = 1 << 20  # bytes: smaller arrays the allocator gives again without new pages
+
+
+class BufferPool:
+    """Batch buffers, used again once no tensor refers to them.
+
+    Parameters
+    ----------
+    most : int
+        How many are kept for later.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: list[AnyArray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
+        """An array of this form, recycled when there is one."""
+        for number in reversed(range(len(self._free))):  # what was used last may still be in the processor's cache
+            array = self._free[number]
+            if array.shape == shape and array.dtype == dtype:
+                return self._free.pop(number)
+        return np.empty(shape, dtype)
+
+    def lend(self, array: AnyArray) -> torch.Tensor:
+        """The array as a tensor; it comes back when the last tensor over it is gone."""
+        if array.nbytes < _WORTH:
+            return torch.from_numpy(array)
+        view = array.view()  # torch keeps this very object alive through every slice of the tensor
+        tensor = torch.from_numpy(view)
+        weakref.finalize(view, self._give_back, array)
+        return tensor
+
+    def _give_back(self, array: AnyArray) -> None:
+        self._free.append(array)
+        del self._free[: -self._most]  # of shapes that no longer come, the oldest go first

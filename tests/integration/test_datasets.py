@@ -614,6 +614,10 @@ class TestFrameLoader:
 
 
 class TestRecycledBuffers:
+    @pytest.fixture(autouse=True)
+    def _small_ones_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ahi_ml.datasets.buffers._WORTH", 0)
+
     def fresh(self, dataset: FrameDataset, rows: Sequence[int], size: int) -> list[torch.Tensor]:
         items = [dataset[row]["image"] for row in rows]
         return [torch.stack(items[start : start + size]) for start in range(0, len(items), size)]
@@ -649,6 +653,22 @@ class TestRecycledBuffers:
         expected = [part(image) for image in self.fresh(dataset, range(63), 3)] * 2
         for value, other in zip(kept, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(value), np.asarray(other))
+
+    def test_keeping_parts_of_items_only(self, dataset: FrameDataset) -> None:
+        """Of torch's own loader, whose batches are made of items that lie in a buffer."""
+        loader: Any = torch.utils.data.DataLoader(dataset, 3, collate_fn=list)
+        kept = []
+        for _ in range(2):
+            for items in loader:
+                kept.append(items[1]["image"][0, 1:3])
+                del items
+                gc.collect(0)
+        expected = [images[1][0, 1:3] for images in self.fresh(dataset, range(63), 3)] * 2
+        assert all(torch.equal(value, other) for value, other in zip(kept, expected, strict=True))
+
+    def test_buffers_of_items_do_come_back(self, dataset: FrameDataset) -> None:
+        places = {dataset.__getitems__(range(start, start + 3))[0]["image"].data_ptr() for start in range(0, 60, 3)}
+        assert len(places) < 5
 
     def test_buffers_do_come_back(self, dataset: FrameDataset) -> None:
         loader = FrameLoader(dataset, 3, frames_ahead=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -97,7 +96,8 @@ def _store(folder: Path, faults: dict[str, Any] | None = None) -> Iterator[ahi_m
 
 
 def _import(work: Path) -> float:
-    folder = work / "import"
+    # A new folder each time, deleted at the end: some file systems look for long past inodes deleted just before.
+    folder = Path(tempfile.mkdtemp(prefix="import-", dir=work)) / "store"
     with _store(folder) as store:
         start = time.perf_counter()
         report = store.import_dicom(work / "dicom", progress=False)
@@ -106,7 +106,6 @@ def _import(work: Path) -> float:
     if report.failed:
         raise RuntimeError(f"{len(report.failed)} files were not imported")
     server.wait(30)  # it ends by itself, and its CPU time is nobody else's
-    shutil.rmtree(folder)
     return took
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["BlobStore"]
 
 _STALE_S = 3600.0
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 class BlobStore:
@@ -40,19 +41,25 @@ class BlobStore:
     def put(self, data: bytes) -> str:
         """Store bytes and return their name. I/O: one small file, unless the blob is there."""
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        path = self.path(digest)
+        folder = f"{self.root}/{digest[:2]}"
+        path = f"{folder}/{digest[2:]}"
         with self._lock, contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == len(data):
+            if os.stat(path).st_size == len(data):
                 os.utime(path)  # young again: `sweep` spares what an import is about to refer to
                 return digest
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        temporary = f"{folder}/.{digest[2:]}.{os.getpid()}.{time.monotonic_ns()}"
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            descriptor = os.open(temporary, _NEW, 0o600)
+        except FileNotFoundError:  # the first of its folder
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            descriptor = os.open(temporary, _NEW, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
         return digest
 

@@ -21,7 +21,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 class BlobStore:
-    """Blobs under one folder.
+    """Blobs under one folder, in sixteen: a new store of a few hundred files would spend a twentieth on making 256.
 
     Parameters
     ----------
@@ -36,18 +36,18 @@ class BlobStore:
 
     def path(self, digest: str) -> Path:
         """Where the blob named `digest` lies. I/O: none."""
-        return self.root / digest[:2] / digest[2:]
+        return self.root / digest[:1] / digest[1:]
 
     def put(self, data: bytes) -> str:
         """Store bytes and return their name. I/O: one small file, unless the blob is there."""
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        folder = f"{self.root}/{digest[:2]}"
-        path = f"{folder}/{digest[2:]}"
+        folder = f"{self.root}/{digest[:1]}"
+        path = f"{folder}/{digest[1:]}"
         with self._lock, contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_size == len(data):
                 os.utime(path)  # young again: `sweep` spares what an import is about to refer to
                 return digest
-        temporary = f"{folder}/.{digest[2:]}.{os.getpid()}.{time.monotonic_ns()}"
+        temporary = f"{folder}/.{digest[1:]}.{os.getpid()}.{time.monotonic_ns()}"
         try:
             descriptor = os.open(temporary, _NEW, 0o600)
         except FileNotFoundError:  # the first of its folder
@@ -72,7 +72,7 @@ class BlobStore:
             No such blob.
         """
         # One open, one read: half the cost of pathlib's way, and this is the server's hot path.
-        descriptor = os.open(f"{self.root}/{digest[:2]}/{digest[2:]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(f"{self.root}/{digest[:1]}/{digest[1:]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             size = os.fstat(descriptor).st_size
             data = os.read(descriptor, size)

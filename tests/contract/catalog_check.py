@@ -32,7 +32,7 @@ def read_tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def blob_path(folder: Path, name: str) -> Path:
-    return folder / "blobs" / name[:2] / name[2:]
+    return folder / "blobs" / name[:1] / name[1:]
 
 
 def problems(folder: Path, *, settled: bool) -> list[str]:

@@ -191,7 +191,7 @@ def damaged_store(folder: Path, files: Path, count: int) -> Iterator[tuple[DataS
         for source in sources:
             blob = store.reader.fetch(source.image_set_id, source.frame_id)
             digest = hashlib.blake2b(blob, digest_size=20).hexdigest()
-            path = folder / "damaged" / "blobs" / digest[:2] / digest[2:]
+            path = folder / "damaged" / "blobs" / digest[:1] / digest[1:]
             middle = len(blob) * 2 // 3
             path.write_bytes(blob[:middle] + bytes([blob[middle] ^ 0x5A]) + blob[middle + 1 :])
         yield store, index, [source.frame_id for source in sources]

@@ -252,7 +252,7 @@ class TestByFrame:
         source = everything.sources([4])[0]
         blob = store.reader.fetch(source.image_set_id, source.frame_id)
         digest = hashlib.blake2b(blob, digest_size=20).hexdigest()
-        path = store_folder / "blobs" / digest[:2] / digest[2:]
+        path = store_folder / "blobs" / digest[:1] / digest[1:]
         given = []
 
         def note(image: Any) -> dict[str, Any]:

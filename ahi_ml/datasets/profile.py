@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from ahi_ml.datasets.shared import SharedNumbers
 from ahi_ml.types import AnyArray
 
 __all__ = ["LoadingStats", "Meters", "Profile"]
@@ -164,33 +165,19 @@ _WHOLE = frozenset(each.name for each in fields(LoadingStats) if each.type == "i
 class Meters:
     """Counters of a dataset, a row for the main process and one for each DataLoader worker, in shared memory.
 
-    A worker writes to its own row alone, so there is no lock. They survive fork, and the pickling that
-    starts workers.
+    A worker writes to its own row alone, so there is no lock.
 
     I/O: none.
     """
 
     def __init__(self) -> None:
-        self._share(torch.zeros((1 + _MOST_WORKERS, len(_NAMES)), dtype=torch.float64))
-
-    def _share(self, values: torch.Tensor) -> None:
-        if not values.is_shared():  # type: ignore[no-untyped-call]
-            with suppress(RuntimeError):  # without shared memory there are no workers either
-                values.share_memory_()  # type: ignore[no-untyped-call]
-        self._values = values
-        self._rows = values.numpy()
+        self._numbers = SharedNumbers(torch.zeros((1 + _MOST_WORKERS, len(_NAMES)), dtype=torch.float64))
         self._requests: tuple[int, dict[str, float]] = (0, {})
-
-    def __getstate__(self) -> torch.Tensor:
-        return self._values
-
-    def __setstate__(self, values: torch.Tensor) -> None:
-        self._share(values)
 
     @property
     def _row(self) -> AnyArray:
         worker = get_worker_info()
-        row: AnyArray = self._rows[0 if worker is None else 1 + worker.id % _MOST_WORKERS]
+        row: AnyArray = self._numbers.array[0 if worker is None else 1 + worker.id % _MOST_WORKERS]
         return row
 
     def add(self, **amounts: float) -> None:
@@ -219,7 +206,7 @@ class Meters:
 
     def read(self) -> AnyArray:
         """A copy of all rows. I/O: none."""
-        rows: AnyArray = self._rows.copy()
+        rows: AnyArray = self._numbers.array.copy()
         return rows
 
 

@@ -7,13 +7,14 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
+from ahi_ml.datasets.shared import SharedNumbers
 from ahi_ml.errors import ConfigError
 
 __all__ = ["SeededTransform", "SharedEpoch", "sample_seed"]
@@ -46,42 +47,26 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 
 
 class SharedEpoch:
-    """The epoch of a dataset, in memory that its DataLoader workers share, persistent ones too.
-
-    I/O: none. It survives fork, and the pickling that starts workers; any other copy is a counter of its own.
-    """
+    """The epoch of a dataset, in memory that its DataLoader workers share; see `SharedNumbers`. I/O: none."""
 
     def __init__(self, epoch: int = 0) -> None:
-        self._share(torch.tensor([epoch, 0]))
-
-    def _share(self, values: torch.Tensor) -> None:
-        if not values.is_shared():  # type: ignore[no-untyped-call]
-            with suppress(RuntimeError):  # without shared memory there are no workers either
-                values.share_memory_()  # type: ignore[no-untyped-call]
-        self._values = values
-        self._array = values.numpy()
-
-    def __getstate__(self) -> torch.Tensor:
-        return self._values
-
-    def __setstate__(self, values: torch.Tensor) -> None:
-        self._share(values)
+        self._numbers = SharedNumbers(torch.tensor([epoch, 0]))  # the second counts items, see `stands_still`
 
     @property
     def value(self) -> int:
         """The epoch, here and in every worker."""
-        return int(self._array[0])
+        return int(self._numbers.array[0])
 
     def set(self, epoch: int) -> None:
         """Make it another epoch, in every worker too. I/O: none."""
-        self._array[:] = epoch, 0
+        self._numbers.array[:] = epoch, 0
 
     def stands_still(self, read: int, length: int) -> bool:
         """Count items; whether a second epoch is well under way that nobody announced, told once. I/O: none."""
-        self._array[1] += read
-        if self._array[1] <= 1.5 * length + 64:
+        self._numbers.array[1] += read
+        if self._numbers.array[1] <= 1.5 * length + 64:
             return False
-        self._array[1] = _WARNED
+        self._numbers.array[1] = _WARNED
         return True
 
 

@@ -211,7 +211,11 @@ class Reader:
             batch.finish_many((slot, error) for slot in slots)
             return
         left = iter([Task(batch, slot, (derived, key)) for slot, key in keys.items()])
-        self._each(left, self._fetch if cache is None else self._from_cache, cache, dropped)
+        stage: Stage = self._fetch if cache is None else self._from_cache
+        if dropped:
+            self._each(left, stage, cache, dropped)
+        elif keys:  # to be decoded: by all threads
+            self._pool.put(partial(self._each, left, stage, cache), min(self._pool.threads, len(keys)))
 
     def _read_derived(self, batch: Batch, keys: dict[int, str], derived: ResultTier) -> dict[int, str]:
         """Read results, by slots; return those that there are none of."""

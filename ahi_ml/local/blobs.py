@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["BlobStore"]
 
 _STALE_S = 3600.0
+_OLD = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
@@ -72,7 +73,10 @@ class BlobStore:
             No such blob.
         """
         # One open, one read: half the cost of pathlib's way, and this is the server's hot path.
-        descriptor = os.open(f"{self.root}/{digest[:1]}/{digest[1:]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            descriptor = os.open(f"{self.root}/{digest[:1]}/{digest[1:]}", _OLD)
+        except FileNotFoundError:  # stores of earlier versions have 256 folders
+            descriptor = os.open(f"{self.root}/{digest[:2]}/{digest[2:]}", _OLD)
         try:
             size = os.fstat(descriptor).st_size
             data = os.read(descriptor, size)

@@ -29,3 +29,16 @@ def test_a_blob_that_becomes_wanted_is_not_swept(tmp_path: Path, monkeypatch: py
     blobs.sweep([])
     bringing.join()
     assert blobs.read(digest) == b"wanted again"
+
+
+def test_blobs_of_earlier_stores_are_read_and_kept(tmp_path: Path) -> None:
+    """They lie in 256 folders, by two digits."""
+    store = BlobStore(tmp_path / "blobs")
+    digest = store.put(b"a frame of an earlier version")
+    old = store.root / digest[:2] / digest[2:]
+    old.parent.mkdir()
+    store.path(digest).rename(old)
+    assert store.read(digest) == b"a frame of an earlier version"
+    assert store.sweep([digest], older_than_s=-1) == 0
+    assert store.read(digest) == b"a frame of an earlier version"
+    assert store.sweep([], older_than_s=-1) == 1

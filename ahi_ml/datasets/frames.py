@@ -307,7 +307,7 @@ class FrameDataset(Dataset[Item]):
         """Wait for rows that were submitted, and collate their items as torch does, images left out. I/O: waits.
 
         For data sets whose items no callable sees (`transforms_items`): theirs need not be made one by one, which
-        would cost more than reading a decoded frame.
+        would cost as much as reading a decoded frame.
         """
         rows = self._arrived(pending)
         started = perf_counter()

@@ -207,7 +207,7 @@ def _values(column: Any, dtype: Any) -> AnyArray:
 
 
 class _Texts:
-    """Strings of a column without nulls by row: for a batch, Arrow's own `take` costs ten times as much."""
+    """Strings of a column without nulls by row: Arrow's own `take` is made for more rows than a batch has."""
 
     def __init__(self, column: Any) -> None:
         chunk = _chunk(column)

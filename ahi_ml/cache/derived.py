@@ -40,6 +40,15 @@ class _Fit(NamedTuple):
         return cls(out.dtype, out.shape, DERIVED_START + out.nbytes, verified or never, unverified or never)
 
 
+class _Mapped(NamedTuple):
+    """A result in memory that the process shares with the file system."""
+
+    pixels: AnyArray
+    verified: bool
+    checksum: int
+    mark: int  # where its mark is, see `Marks`
+
+
 class ResultTier(Protocol):
     """Where results of one recipe are kept; see `DerivedTier`."""
 
@@ -82,6 +91,7 @@ class DerivedTier:
         self._folder = folder
         self._identity = datastore_id, recipe
         self._named = hashlib.blake2b(result_key(datastore_id, recipe).encode(), digest_size=16)
+        self._token = self._named.hexdigest()
         self._marks = PerProcess(Marks)
         self._fit = _Fit.of(np.empty(0, np.int16))  # the last one: rows of a batch are alike
 
@@ -100,7 +110,7 @@ class DerivedTier:
     def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
         """Read results into rows of a batch.
 
-        I/O: one file each. Releases the GIL while it reads.
+        I/O: one file each that the process does not have mapped (see `cache.mapped`). Releases the GIL while it copies.
 
         Parameters
         ----------
@@ -132,34 +142,21 @@ class DerivedTier:
                 folder.count(derived_misses=len(keys))
                 return [None] * len(keys)
         # Two passes: copying pixels empties the processor's cache, so what runs between two copies is kept short.
-        places = self._places(keys)
-        open_, close = os.open, os.close
-        head = bytearray(DERIVED_START)
+        mapped, token = state.mapped.get, self._token
+        all_kept: list[_Mapped | None] = [mapped((token, key)) for key in keys]
+        marks = self._marks.get()
+        touched, sample = marks.lately(), marks.random.getrandbits
         fit = self._fit
         found: list[bool | None] = []
         total = 0
-        for (path, mark, quick, check), out in zip(places, outs, strict=True):
+        for key, kept, out in zip(keys, all_kept, outs, strict=True):
             if out.dtype is not fit.dtype or out.shape != fit.shape:
                 fit = self._fit = _Fit.of(out)
-            got = 0
-            if quick:
-                try:
-                    descriptor = open_(path, os.O_RDONLY)
-                    try:
-                        got = _preadv(descriptor, (head, out), 0)
-                    finally:
-                        close(descriptor)
-                except OSError:  # evicted, or a disk that fails: looked at below
-                    got = 0
-            verdict: bool | None
-            if got != fit.size or (check and checked_derived(head) != crc32(out)):
-                verdict = self._read_checked(path, mark, out, fit)
-            elif head.startswith(fit.verified):
-                verdict = True
-            elif head.startswith(fit.unverified):
-                verdict = False
-            else:
-                verdict = self._read_checked(path, mark, out, fit)
+            verdict: bool | None = None
+            if kept is not None and touched[kept.mark >> 3 & BYTE] >> (kept.mark & 7) & 1:
+                verdict = _copy(kept, out, check=not sample(SAMPLE_BITS))
+            if verdict is None:
+                verdict = self._read(key, out, fit, doubted=kept is not None)
             if verdict is not None:
                 total += out.nbytes
             found.append(verdict)
@@ -170,24 +167,49 @@ class DerivedTier:
             state.stats.bytes += total
         return found
 
-    def _places(self, keys: Sequence[str]) -> list[tuple[str, int, bool, bool]]:
-        """Return the path of each key, where its marks are, whether one call may read it, and whether to check it."""
-        marks = self._marks.get()
-        touched, sample = marks.lately(), marks.random.getrandbits
-        copy, prefix, separator = self._named.copy, self._folder.entries, os.sep
-        places = []
-        for key in keys:
-            named = copy()
-            named.update(key.encode())
-            name = named.hexdigest()
-            mark = hash(name)
-            quick = _preadv is not None and touched[mark >> 3 & BYTE] >> (mark & 7) & 1 == 1
-            places.append((f"{prefix}{name[:2]}{separator}{name[2:]}", mark, quick, not sample(SAMPLE_BITS)))
-        return places
+    def _read(self, key: str, out: AnyArray, fit: _Fit, *, doubted: bool) -> bool | None:
+        """Read one entry from its file, quickly unless it is doubted, and map it if it was read before."""
+        name, marks = self._name(key), self._marks.get()
+        path, mark = self._folder.place(name), hash(name)
+        verdict: bool | None = None
+        if _preadv is not None and not doubted and marks.touched[mark >> 3 & BYTE] >> (mark & 7) & 1:
+            check = not marks.random.getrandbits(SAMPLE_BITS)
+            kept = self._map(key, path, mark, fit)
+            verdict = self._read_quickly(path, out, fit, check) if kept is None else _copy(kept, out, check=check)
+        return self._read_checked(path, mark, out, fit) if verdict is None else verdict
+
+    def _map(self, key: str, path: str, mark: int, fit: _Fit) -> _Mapped | None:
+        def parse(raw: AnyArray) -> _Mapped | None:
+            head = raw[:DERIVED_START].tobytes()
+            checksum = checked_derived(head)
+            if raw.size != fit.size or checksum is None or not head.startswith((fit.verified, fit.unverified)):
+                return None
+            pixels = raw[DERIVED_START:].view(fit.dtype).reshape(fit.shape)
+            return _Mapped(pixels, head.startswith(fit.verified), checksum, mark)
+
+        return self._folder.map((self._token, key), path, parse)
+
+    def _read_quickly(self, path: str, out: AnyArray, fit: _Fit, check: bool) -> bool | None:
+        """Read one entry by one call; None when anything about it does not look right."""
+        head = bytearray(DERIVED_START)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                got = _preadv(descriptor, (head, out), 0)
+            finally:
+                os.close(descriptor)
+        except OSError:  # evicted, or a disk that fails
+            return None
+        if got != fit.size or (check and checked_derived(head) != crc32(out)):
+            return None
+        if head.startswith(fit.verified):
+            return True
+        return False if head.startswith(fit.unverified) else None
 
     def _read_checked(self, path: str, mark: int, out: AnyArray, fit: _Fit) -> bool | None:
         """Read one entry with every doubt: the first time, by sampling, or because it did not look right."""
         folder, marks = self._folder, self._marks.get()
+        folder.state().mapped.forget(path)
         place, bit = mark >> 3 & BYTE, 1 << (mark & 7)
         head = bytearray(DERIVED_START)
         try:
@@ -251,6 +273,16 @@ class DerivedTier:
     def drop(self, key: str) -> None:
         """Forget a result, if it is there. I/O: removes one file."""
         self._folder.drop(self._folder.place(self._name(key)))
+
+
+def _copy(kept: _Mapped, out: AnyArray, *, check: bool) -> bool | None:
+    """Copy a mapped result; None when it is of another kind, or not what it was."""
+    if kept.pixels.shape != out.shape or kept.pixels.dtype is not out.dtype:
+        return None
+    if not out.flags.c_contiguous:
+        raise ValueError("results are read into C-contiguous arrays only")
+    np.copyto(out, kept.pixels)
+    return kept.verified if not check or crc32(out) == kept.checksum else None
 
 
 def _fill(file: FileIO, buffer: memoryview) -> bool:

@@ -17,19 +17,21 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
+from ahi_ml.cache.mapped import MappedEntries, map_file, may_map
 from ahi_ml.cache.marks import Marks
 from ahi_ml.codec import crc32
 from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
-from ahi_ml.types import Buffer
+from ahi_ml.types import AnyArray, Buffer
 
 __all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
 
@@ -44,6 +46,9 @@ _TOUCH_AFTER_S = 60.0
 _RESOLUTIONS = 9  # the full one, and those that may be asked for
 _LIKELY_SIZE = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+_MAPPED = 1 / 4  # of the bound: space that this process may hold of entries that others delete
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(slots=True)
@@ -92,6 +97,8 @@ class FolderState:
     most_bytes: int = 0
     until_look: dict[str, float] = field(default_factory=dict)
     marks: Marks = field(default_factory=Marks)  # of encoded entries
+    mapped: MappedEntries[Any] = field(default_factory=MappedEntries)  # whatever each tier keeps of its own
+    maps: bool | None = None  # whether entries may be mapped, once that is known
     likely_size: dict[int, int] = field(default_factory=dict)  # bytes read of an entry, by resolution
 
 
@@ -195,11 +202,11 @@ class CacheFolder:
         state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
         state.ready = True
 
-    def read_entry(self, name: str, reduce: int = 0, *, always: bool = False) -> tuple[EncodedHeader, Buffer] | None:
+    def read_entry(self, name: str, reduce: int = 0, *, check: bool = True) -> tuple[EncodedHeader, Buffer] | None:
         """Read an encoded entry, or the part of it that a resolution needs.
 
-        I/O: one file. Its header is always checked, its bytes on first read and then by sampling, unless `always` is
-        set: see `Marks`. A damaged one is deleted and counted. When the disk refuses, one warning.
+        I/O: one file. Its header is always checked, its bytes unless `check` says that they were: see `Marks`. A
+        damaged one is deleted and counted. When the disk refuses, one warning.
 
         Returns
         -------
@@ -212,9 +219,9 @@ class CacheFolder:
             Others can look into the folder.
         """
         state, path = self._state.get(), self.place(name)
-        mark = hash((name, reduce))
         status = part = None
         end = 0
+        state.mapped.forget(path)
         try:
             if not state.private:
                 self.check_private()
@@ -226,7 +233,7 @@ class CacheFolder:
                 if part is not None:
                     end = ENCODED_START + part[0]
                     raw = self._complete(descriptor, raw, end, reduce)
-                if always or not state.marks.known(mark):
+                if check:
                     status = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
@@ -247,8 +254,41 @@ class CacheFolder:
             return None
         if status is not None:
             self.touch(path, status.st_mtime)
-            state.marks.note(mark)
+            state.marks.note(hash((name, reduce)))
         return header, data
+
+    def map(self, key: Hashable, path: str, parse: Callable[[AnyArray], Entry | None]) -> Entry | None:
+        """Map an entry into this process's memory, where `FolderState.mapped` has it from then on.
+
+        I/O: opens one file, unless entries cannot be mapped here or there is no room.
+
+        Parameters
+        ----------
+        key : hashable
+            To find it by.
+        path : str
+            Of an entry that this process has checked.
+        parse : callable
+            Makes what is kept of the file's bytes; None when they are not what was expected.
+        """
+        state = self._state.get()
+        most = int((state.most_bytes or self.max_bytes or _MOST_BYTES) * _MAPPED)
+        if state.maps is None:
+            state.maps = may_map(os.fspath(self.path))
+        if not state.maps or not state.mapped.room(most):
+            return None
+        try:
+            descriptor = os.open(path, _READ)
+            try:
+                size = os.fstat(descriptor).st_size
+                entry = parse(map_file(descriptor, size))
+            finally:
+                os.close(descriptor)
+        except OSError:  # evicted just now, or the system's bound: it is read instead
+            return None
+        if entry is not None:
+            state.mapped.add(key, path, entry, size, most)
+        return entry
 
     def _complete(self, descriptor: int, raw: bytes, end: int, reduce: int) -> bytes:
         """Read on to the end of what is needed, and guess better the next time."""
@@ -289,6 +329,7 @@ class CacheFolder:
                 self.disable(error)
             return False
         self.count(writes=1)
+        self._state.get().mapped.forget(path)
         for reduce in range(_RESOLUTIONS):
             self._state.get().marks.forget(hash((name, reduce)))
         self._look_after(name[:2], len(header) + memoryview(payload).nbytes)
@@ -326,6 +367,8 @@ class CacheFolder:
                 _LOG.debug("eviction stopped: %s", error)
             else:
                 self.count(evictions=removed)
+                if removed:
+                    state.mapped.clear()
 
     def _folders(self) -> list[str]:
         try:
@@ -350,6 +393,7 @@ class CacheFolder:
 
     def drop(self, path: str) -> None:
         """Delete an entry, if it is there. I/O: removes one file."""
+        self._state.get().mapped.forget(path)
         try:
             os.unlink(path)
         except FileNotFoundError:

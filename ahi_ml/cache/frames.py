@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ahi_ml.cache.derived import DerivedTier, ResultTier
 from ahi_ml.cache.entries import ENCODED_START, CacheEntry, EncodedHeader, is_whole, parse_encoded
@@ -16,14 +16,26 @@ from ahi_ml.cache.eviction import PART, STALE_S, remove
 from ahi_ml.cache.flight import Flights
 from ahi_ml.cache.folder import CacheFolder
 from ahi_ml.cache.locks import Claims
+from ahi_ml.cache.marks import BYTE, SAMPLE_BITS
 from ahi_ml.cache.remote import RemoteTier
 from ahi_ml.cache.sealed import Cipher, SealedTier
 from ahi_ml.config import cache_places
 from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
-from ahi_ml.types import Buffer, PathType
+from ahi_ml.types import AnyArray, Buffer, PathType
 
 __all__ = ["FrameCache"]
+
+
+class _Mapped(NamedTuple):
+    """A frame in memory that the process shares with the file system, and by resolution what was asked of it."""
+
+    header: EncodedHeader
+    data: memoryview
+    parts: dict[int, tuple[CacheEntry, int]]  # and where its mark is, see `Marks`
+
+
+_NONE: tuple[None, int] = (None, 0)
 
 
 class FrameCache:
@@ -125,15 +137,19 @@ class FrameCache:
         return DerivedTier(self._folder, datastore_id, recipe)
 
     def get(self, datastore_id: str, frame_id: str, reduce: int = 0) -> CacheEntry | None:
-        """The cached frame, or None.
+        """The cached frame, or None; see `get_many`."""
+        return self.get_many(datastore_id, (frame_id,), reduce)[0]
 
-        I/O: one file; a damaged one is deleted and counted. When there is none, one request to the remote tier, if
-        there is one; what it gives is kept in the folder as well. Bytes are checked when a process first reads them,
-        then once in 64 reads.
+    def get_many(self, datastore_id: str, frame_ids: Sequence[str], reduce: int = 0) -> list[CacheEntry | None]:
+        """The cached frames, and None for those that are not there.
+
+        I/O: one file each that the process does not have mapped (see `cache.mapped`); a damaged one is deleted and
+        counted. When there is none, one request to the remote tier, if there is one; what it gives is kept in the
+        folder as well. Bytes are checked when a process first reads them, then once in 64 reads.
 
         Parameters
         ----------
-        datastore_id, frame_id : str
+        datastore_id, frame_ids : str, sequence of str
             Which.
         reduce : int
             Resolution levels that will be left out: no more is read than the others need.
@@ -143,15 +159,51 @@ class FrameCache:
         CacheError
             Others can look into the folder.
         """
-        name = self.name(datastore_id, frame_id)
-        found = self._folder.read_entry(name, reduce)
-        entry = self._entry(*found) if found is not None else None
-        if entry is None:
-            return self._from_remote(name, reduce)
         state = self._folder.state()
+        mapped, touched, sample = state.mapped.get, state.marks.lately(), state.marks.random.getrandbits
+        found: list[CacheEntry | None] = []
+        hits = size = 0
+        for frame_id in frame_ids:
+            kept: _Mapped | None = mapped((datastore_id, frame_id))
+            entry, mark = kept.parts.get(reduce, _NONE) if kept is not None else _NONE
+            if entry is None or not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or not sample(SAMPLE_BITS):
+                entry = self._read(datastore_id, frame_id, reduce)
+            if entry is not None:
+                hits += 1
+                size += len(entry.data)
+            found.append(entry)
         with state.lock:
-            state.stats.hits += 1
-            state.stats.bytes += len(entry.data)
+            state.stats.hits += hits
+            state.stats.misses += len(found) - hits
+            state.stats.bytes += size
+        return found
+
+    def _read(self, datastore_id: str, frame_id: str, reduce: int) -> CacheEntry | None:
+        name = self.name(datastore_id, frame_id)
+        known = self._folder.state().marks.known(hash((name, reduce)))
+        if known and self._cipher is None:
+            entry = self._map((datastore_id, frame_id), name, reduce)
+            if entry is not None:
+                return entry
+        found = self._folder.read_entry(name, reduce, check=not known)
+        entry = self._entry(*found) if found is not None else None
+        return entry or self._from_remote(name, reduce)
+
+    def _map(self, key: tuple[str, str], name: str, reduce: int) -> CacheEntry | None:
+        """A frame that was read before, from memory from now on; None where that cannot or should not be."""
+
+        def parse(raw: AnyArray) -> _Mapped | None:
+            header = EncodedHeader.parse(raw[:ENCODED_START].tobytes())
+            if header is None or header.sealed or raw.size != ENCODED_START + header.length:
+                return None
+            return _Mapped(header, raw.data[ENCODED_START:], {})
+
+        kept: _Mapped | None = self._folder.state().mapped.get(key)
+        kept = kept or self._folder.map(key, self._folder.place(name), parse)
+        part = kept.header.part(reduce) if kept is not None else None
+        entry = self._entry(kept.header, kept.data[: part[0]]) if kept is not None and part is not None else None
+        if kept is not None and entry is not None:
+            kept.parts[reduce] = entry, hash((name, reduce))
         return entry
 
     def _entry(self, header: EncodedHeader, data: Buffer) -> CacheEntry | None:
@@ -169,10 +221,8 @@ class FrameCache:
         found = self._accept(name, raw) if raw is not None else None
         part = found[0].part(reduce) if found else None
         entry = self._entry(found[0], found[1][: part[0]]) if found and part else None
-        if entry is None:
-            self._folder.count(misses=1)
-        else:
-            self._folder.count(hits=1, remote_hits=1, bytes=len(entry.data))
+        if entry is not None:
+            self._folder.count(remote_hits=1)
         return entry
 
     def _accept(self, name: str, raw: bytes) -> tuple[EncodedHeader, memoryview] | None:
@@ -274,6 +324,7 @@ class FrameCache:
         """
         now = time.time()
         removed = 0
+        self._folder.state().mapped.clear()
         for found in self._folder.files():
             age = STALE_S if found.path.endswith(PART) else older_than_s
             if now - found.used >= age:

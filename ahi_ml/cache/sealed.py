@@ -96,7 +96,7 @@ class SealedTier:
         return found
 
     def _read(self, key: str, out: AnyArray) -> bool | None:
-        entry = self._folder.read_entry(self._name(key), always=True)
+        entry = self._folder.read_entry(self._name(key))
         if entry is None or not entry[0].sealed:
             return None
         raw = self._cipher.open(entry[1])

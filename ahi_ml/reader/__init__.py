@@ -9,11 +9,13 @@ whoever submits does.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -26,13 +28,16 @@ from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, 
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.batch import Batch, Task
 from ahi_ml.reader.lengths import lengths_of, part_of
-from ahi_ml.reader.making import Made, make_frame
+from ahi_ml.reader.making import Made
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.pool import DecodePool
 from ahi_ml.reader.stats import ReaderStats
-from ahi_ml.types import AnyArray, Buffer
+from ahi_ml.types import AnyArray
 
 __all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
+
+_PIXELS_A_TURN = 1 << 18
+_MOST_A_TURN = 8
 
 Stage = Callable[[Task, Any], None]
 
@@ -101,8 +106,7 @@ class Reader:
             # One stage for all: what a result costs is less than what a stage does.
             self._pool.put(partial(self._from_derived, batch, slots, derived, cache))
         elif cache is not None and slots:
-            tasks = iter([Task(batch, slot) for slot in slots])
-            self._pool.put(partial(self._each, tasks, self._from_cache, cache), min(self._pool.threads, len(slots)))
+            self._spread(batch, slots, cache)
         else:
             for slot in slots:
                 self._fetch(Task(batch, slot), None)
@@ -156,46 +160,47 @@ class Reader:
 
     # On the way
 
-    def _each(self, tasks: Iterator[Task], stage: Stage, given: Any, dropped: bool) -> None:
-        """Take tasks through a stage, one after the other; several threads share the iterator of a list."""
-        for task in tasks:
-            if dropped or task.batch.cancelled or self._pool.closed:
-                self._let_go(task)
+    def _spread(self, batch: Batch, slots: list[int], cache: FrameCache) -> None:
+        """Have all threads read frames of a batch from the cache, as many at a time as are worth a turn."""
+        turn = _a_turn(batch, slots[0])
+        left = iter(slots)  # of a list: threads may share it
+        turns = iter(lambda: list(islice(left, turn)), [])
+        self._pool.put(partial(self._each, batch, turns, cache), min(self._pool.threads, -(-len(slots) // turn)))
+
+    def _each(self, batch: Batch, turns: Iterator[list[int]], cache: FrameCache, dropped: bool) -> None:
+        for slots in turns:
+            if dropped or batch.cancelled or self._pool.closed:
+                for slot in slots:
+                    self._let_go(Task(batch, slot))
                 continue
-            try:
-                stage(task, given)
-            except BaseException as error:  # whatever a stage raises is the frame's outcome
-                self._finish(task, error)
+            for slot in self._read_cached(batch, slots, cache):
+                self._step(Task(batch, slot), self._download, cache, False)
+
+    def _step(self, task: Task, stage: Stage, given: Any, dropped: bool) -> None:
+        """Take a task through a stage."""
+        if dropped or task.batch.cancelled or self._pool.closed:
+            self._let_go(task)
+            return
+        try:
+            stage(task, given)
+        except BaseException as error:  # whatever a stage raises is the frame's outcome
+            self._finish(task, error)
 
     def _hand_over(self, task: Task, stage: Stage, given: Any) -> None:
         """Give a task to the pool, when what it waited for has come."""
         task.batch.arrived = perf_counter()
-        self._pool.put(partial(self._each, iter((task,)), stage, given))
+        self._pool.put(partial(self._step, task, stage, given))
 
     def _finish(self, task: Task, outcome: AnyArray | BaseException) -> None:
+        self._land(task)
+        task.batch.finish(task.slot, outcome)
+
+    def _land(self, task: Task) -> None:
+        """Tell those who wait for the download that a task has taken on."""
         if task.flight is not None:
             flights, name = task.flight
             task.flight = None
             flights.land(name)
-        task.batch.finish(task.slot, outcome)
-
-    def _make(self, task: Task, data: Buffer, *, trusted: bool, whole: bool = True) -> tuple[AnyArray, Made]:
-        out, form, again = task.batch.out(task.slot), task.batch.form(task.slot), task.fetches > 1
-        return out, make_frame(task.source, task.options, data, out, form, trusted=trusted, whole=whole, again=again)
-
-    def _done(self, task: Task, array: AnyArray, made: Made, **counts: Any) -> None:
-        """A frame was made: keep it where results are kept, and hand it out."""
-        if task.derived is not None:
-            tier, key = task.derived
-            tier.write(key, array, made.verified)
-        task.batch.count(
-            verified=made.verified,
-            unverified=not made.verified,
-            decode_s=made.decode_s,
-            convert_s=made.convert_s,
-            **counts,
-        )
-        self._finish(task, array)
 
     def _from_derived(
         self, batch: Batch, slots: list[int], derived: ResultTier, cache: FrameCache | None, dropped: bool
@@ -210,12 +215,12 @@ class Reader:
         except BaseException as error:
             batch.finish_many((slot, error) for slot in slots)
             return
-        left = iter([Task(batch, slot, (derived, key)) for slot, key in keys.items()])
-        stage: Stage = self._fetch if cache is None else self._from_cache
-        if dropped:
-            self._each(left, stage, cache, dropped)
+        batch.results = derived, keys
+        if dropped or batch.cancelled or cache is None:
+            for slot in keys:
+                self._step(Task(batch, slot), self._fetch, None, dropped)
         elif keys:  # to be decoded: by all threads
-            self._pool.put(partial(self._each, left, stage, cache), min(self._pool.threads, len(keys)))
+            self._spread(batch, list(keys), cache)
 
     def _read_derived(self, batch: Batch, keys: dict[int, str], derived: ResultTier) -> dict[int, str]:
         """Read results, by slots; return those that there are none of."""
@@ -251,24 +256,56 @@ class Reader:
             known = self._digests[id(profile)] = (profile, digest)  # the profile too: its id must stay its own
         return known[1]
 
-    def _from_cache(self, task: Task, cache: FrameCache) -> None:
-        source = task.source
+    def _read_cached(self, batch: Batch, slots: list[int], cache: FrameCache) -> list[int]:
+        """Read frames from the cache; return the slots of those that must be fetched."""
         started = perf_counter()
-        entry = cache.get(self._datastore_id, source.frame_id, task.options.reduce)
-        if entry is None:
-            self._download(task, cache)
-            return
-        read_s = perf_counter() - started
         try:
-            array, made = self._make(task, entry.data, trusted=entry.verified, whole=entry.whole)
-        except UnsupportedTransferSyntaxError:
-            raise
-        except (ChecksumError, DecodeError):
-            # Bytes that were cached without a check, and are wrong: ask the data store itself.
-            cache.drop(self._datastore_id, source.frame_id)
+            frame_ids = [batch.sources.frame_ids[slot] for slot in slots]
+            entries = cache.get_many(self._datastore_id, frame_ids, batch.options.reduce)
+        except BaseException as error:
+            batch.finish_many((slot, error) for slot in slots)
+            return []
+        read_s = perf_counter() - started
+        outcomes: list[tuple[int, AnyArray | BaseException]] = []
+        made: list[Made] = []
+        missing: list[int] = []
+        for slot, entry in zip(slots, entries, strict=True):
+            if entry is None:
+                missing.append(slot)
+                continue
+            try:
+                out = batch.out(slot)
+                one = batch.make(slot, entry.data, out, trusted=entry.verified, whole=entry.whole)
+                batch.keep(slot, out, verified=one.verified)
+            except UnsupportedTransferSyntaxError as error:
+                outcomes.append((slot, error))
+            except (ChecksumError, DecodeError):
+                # Bytes that were cached without a check, and are wrong: ask the data store itself.
+                cache.drop(self._datastore_id, batch.sources.frame_ids[slot])
+                missing.append(slot)
+            except BaseException as error:
+                outcomes.append((slot, error))
+            else:
+                outcomes.append((slot, out))
+                made.append(one)
+        verified = sum(one.verified for one in made)
+        batch.count(
+            cached=len(made),
+            verified=verified,
+            unverified=len(made) - verified,
+            read_s=read_s,
+            decode_s=sum(one.decode_s for one in made),
+            convert_s=sum(one.convert_s for one in made),
+        )
+        batch.finish_many(outcomes)
+        return missing
+
+    def _from_cache(self, task: Task, cache: FrameCache) -> None:
+        """Look into the cache again, since somebody has fetched the frame."""
+        if self._read_cached(task.batch, [task.slot], cache):
             self._download(task, cache)
-            return
-        self._done(task, array, made, cached=1, read_s=read_s)
+        else:
+            self._land(task)
 
     def _download(self, task: Task, cache: FrameCache) -> None:
         """Fetch a frame unless somebody does: then look into the cache again when they are done."""
@@ -299,7 +336,8 @@ class Reader:
 
     def _from_network(self, task: Task, arrival: tuple[Future[bytes], FrameCache | None]) -> None:
         done, cache = arrival
-        task.batch.requests.discard(done)  # it holds the encoded bytes
+        batch = task.batch
+        batch.requests.discard(done)  # it holds the encoded bytes
         if done.cancelled():
             self._let_go(task)
             return
@@ -307,16 +345,32 @@ class Reader:
         source = task.source
         try:
             whole = task.part is None or not task.part.stopped
-            array, made = self._make(task, data, trusted=False, whole=whole)
+            out = batch.out(task.slot)
+            made = batch.make(task.slot, data, out, trusted=False, whole=whole, again=task.fetches > 1)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
             if task.fetches > 1:
                 raise
-            task.batch.count(refetched=1)
+            batch.count(refetched=1)
             self._fetch(task, cache)
             return
         if cache is not None:
             lengths = lengths_of(source, data, 0 if whole else task.options.reduce)
             cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, whole=whole, prefixes=lengths)
-        self._done(task, array, made, fetched=1, bytes_fetched=len(data))
+        batch.keep(task.slot, out, verified=made.verified)
+        batch.count(
+            fetched=1,
+            bytes_fetched=len(data),
+            verified=made.verified,
+            unverified=not made.verified,
+            decode_s=made.decode_s,
+            convert_s=made.convert_s,
+        )
+        self._finish(task, out)
+
+
+def _a_turn(batch: Batch, slot: int) -> int:
+    """How many frames a thread takes at a time: what is done once a turn costs as much as decoding a tiny frame."""
+    shape, _ = batch.form(slot).decoded
+    return max(1, min(_MOST_A_TURN, _PIXELS_A_TURN // max(math.prod(shape), 1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -11,10 +11,10 @@ import numpy as np
 from ahi_ml.cache import Flights, ResultTier
 from ahi_ml.client import Part
 from ahi_ml.index import FrameSource, FrameSources
-from ahi_ml.reader.making import Form
+from ahi_ml.reader.making import Form, Made, make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
-from ahi_ml.types import AnyArray
+from ahi_ml.types import AnyArray, Buffer
 
 __all__ = ["Batch", "Task"]
 
@@ -64,6 +64,7 @@ class Batch:
         self._done = threading.Event()
         self.cancelled = self.failed = False
         self.requests: set[Future[bytes]] = set()
+        self.results: tuple[ResultTier, Mapping[int, str]] | None = None  # where results are kept, and their keys
         if not sources:
             self._done.set()
 
@@ -81,6 +82,19 @@ class Batch:
             return self.outs[slot]
         form = self.form(slot)
         return np.empty(form.shape, form.dtype)
+
+    def make(
+        self, slot: int, data: Buffer, out: AnyArray, *, trusted: bool, whole: bool = True, again: bool = False
+    ) -> Made:
+        """Make a frame of encoded bytes; see `make_frame`. Called by the reader. I/O: none."""
+        source, form = self.sources[slot], self.form(slot)
+        return make_frame(source, self.options, data, out, form, trusted=trusted, whole=whole, again=again)
+
+    def keep(self, slot: int, array: AnyArray, *, verified: bool) -> None:
+        """Store a frame's result where results are kept. Called by the reader. I/O: one file, if they are."""
+        if self.results is not None:
+            tier, keys = self.results
+            tier.write(keys[slot], array, verified)
 
     def finish(self, slot: int, outcome: AnyArray | BaseException) -> None:
         """Note the outcome of one frame. Called by the reader."""
@@ -153,15 +167,14 @@ class Batch:
 
 
 class Task:
-    """One frame on its way."""
+    """One frame on its way from the network."""
 
-    __slots__ = ("batch", "derived", "fetches", "flight", "options", "part", "slot", "source")
+    __slots__ = ("batch", "fetches", "flight", "options", "part", "slot", "source")
 
-    def __init__(self, batch: Batch, slot: int, derived: tuple[ResultTier, str] | None = None) -> None:
+    def __init__(self, batch: Batch, slot: int) -> None:
         self.batch, self.slot = batch, slot
         self.source: FrameSource = batch.sources[slot]
         self.options = batch.options
         self.fetches = 0
         self.part: Part | None = None  # of the frame, if that is all that was asked for
-        self.derived = derived  # where its result is kept
         self.flight: tuple[Flights, str] | None = None  # the download that this task has taken on

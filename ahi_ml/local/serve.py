@@ -109,6 +109,7 @@ async def _serve(
     # Heavy imports come after the lock is won: a candidate that loses costs a bare interpreter.
     import uvicorn
 
+    from ahi_ml.local import memory
     from ahi_ml.local.accesses import Accesses
     from ahi_ml.local.blobs import BlobStore
     from ahi_ml.local.catalog import Catalog
@@ -126,6 +127,7 @@ async def _serve(
     # of its time.
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
+    memory.keep()
     warnings.filterwarnings("ignore", module="pydicom")  # remarks on odd values; a job's report has its own
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # or whoever sends rubbish fills the disk

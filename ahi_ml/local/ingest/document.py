@@ -23,6 +23,7 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
+from pydicom.values import convert_SQ
 
 from ahi_ml.local.ingest.levels import LEVEL_OF
 
@@ -53,6 +54,7 @@ _SKIPPED: Final = frozenset(
 )
 _MOST_DEPTH: Final = 32
 _SHORT: Final = 256
+_SHORT_SEQUENCE: Final = 4096
 
 
 @dataclass(slots=True)
@@ -156,8 +158,7 @@ def _read_into(
         try:
             vr = _vr(dataset, tag, element, dictionary_vr)
             if vr == "SQ":
-                items = dataset[tag].value
-                value = [_item(item, levels, encodings, signed, depth) for item in items or []] or None
+                value = _items(dataset, element, levels, encodings, signed, depth)
             elif isinstance(element, RawDataElement):
                 raw = element.value if isinstance(element.value, bytes) else b""
                 value = _from_bytes(raw, vr, plural, encodings, element.is_little_endian, signed)
@@ -218,6 +219,28 @@ def _remembered(
         return None
     value = _from_bytes(raw, vr, plural, encodings, little_endian, signed)
     return key, vr, "" if value is None and vr == "UN" else value
+
+
+def _items(
+    dataset: Dataset, element: Any, levels: Levels, encodings: tuple[str, ...], signed: bool, depth: int
+) -> list[Json] | None:
+    raw = element.value if isinstance(element, RawDataElement) and element.VR == "SQ" else None
+    if not isinstance(raw, bytes) or len(raw) > _SHORT_SEQUENCE:
+        items = dataset[element.tag].value
+        return [_item(item, levels, encodings, signed, depth) for item in items or []] or None
+    value, discarded = _remembered_items(raw, encodings, element.is_little_endian, signed, depth)
+    levels.discarded += discarded
+    return value
+
+
+@lru_cache(maxsize=2_048)
+def _remembered_items(
+    raw: bytes, encodings: tuple[str, ...], little_endian: bool, signed: bool, depth: int
+) -> tuple[list[Json] | None, list[str]]:
+    """The items of a short sequence, and what could not be read of them: most are those of the neighbours too."""
+    levels = Levels()
+    items = convert_SQ(raw, False, little_endian, list(encodings))
+    return [_item(item, levels, encodings, signed, depth) for item in items] or None, levels.discarded
 
 
 def _item(item: Dataset, levels: Levels, encodings: tuple[str, ...], signed: bool, depth: int) -> Json:

@@ -10,10 +10,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag
 
 from ahi_ml import codec
 from ahi_ml.codec import PixelFormat, jpeg2000, progressive
@@ -38,6 +41,11 @@ _PHOTOMETRIC = {  # PS3.3 C.7.6.3.1.2, the retired ones included
 }
 _FLOAT_TAGS = (0x7FE00008, 0x7FE00009)
 _PIXEL_TAGS = (*_FLOAT_TAGS, 0x7FE00010)
+# All that `pixel_format` goes by: 0028 are the samples, the colour space, rows, columns, bits and the sign.
+_FORMAT_TAGS = [
+    BaseTag(tag)
+    for tag in (*_FLOAT_TAGS, 0x00280002, 0x00280004, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280103)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,19 @@ def pixel_format(dataset: Dataset) -> PixelFormat:
     PixelFailure
         One is missing or cannot be, the text names it; or the pixels are floating-point numbers.
     """
+    elements: list[Any] = [dataset.get_item(tag) for tag in _FORMAT_TAGS if tag in dataset]
+    if not all(isinstance(element, RawDataElement) for element in elements):
+        return _pixel_format(dataset)
+    return _remembered_format(*(element._replace(value_tell=0) for element in elements))
 
+
+@lru_cache(maxsize=1_024)
+def _remembered_format(*elements: RawDataElement) -> PixelFormat:
+    """The format that raw elements describe: instances of a series have it in common."""
+    return _pixel_format(Dataset({element.tag: element for element in elements}))
+
+
+def _pixel_format(dataset: Dataset) -> PixelFormat:
     if any(tag in dataset for tag in _FLOAT_TAGS):
         raise PixelFailure("Float Pixel Data and Double Float Pixel Data have no lossless stored form")
 

@@ -23,6 +23,7 @@ from ahi_ml.local.ingest import frames as pixel_data
 from ahi_ml.local.ingest.bombs import refuse_huge_inflation
 from ahi_ml.local.ingest.document import read_levels
 from ahi_ml.local.ingest.image_sets import Instance
+from ahi_ml.local.ingest.plain import read_plain
 from ahi_ml.local.ingest.remarks import (
     ELEMENTS_DISCARDED,
     INVALID_UID_FORMAT,
@@ -160,8 +161,13 @@ def _parse(file: InputFile, store: Datastore, blobs: BlobStore) -> Instance:
 def _read(file: InputFile) -> pydicom.Dataset:
     try:
         with file.open() as stream:
-            # pydicom asks where it stands at each element: a system call of a file, and two hand-overs of the GIL.
-            source = BytesIO(stream.read()) if file.size <= _READ_WHOLE else stream
+            source = stream
+            if file.size <= _READ_WHOLE:
+                data = stream.read()
+                if (dataset := read_plain(data)) is not None:
+                    return dataset
+                # pydicom asks where it stands at each element: a system call of a file, and two hand-overs of the GIL.
+                source = BytesIO(data)
             refuse_huge_inflation(source, file.size)
             return _dcmread(source)
     except InvalidDicomError:

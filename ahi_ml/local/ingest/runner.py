@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ahi_ml.errors import ConfigError
+from ahi_ml.local import memory
 from ahi_ml.local.blobs import BlobStore
 from ahi_ml.local.catalog import Catalog, Datastore, Job
 from ahi_ml.local.files import REGION, StoreFolder
@@ -78,6 +79,9 @@ class JobRunner:
         finally:
             with self._lock:
                 self._pending -= 1
+                idle = not self._pending
+            if idle:
+                memory.give_back()
 
     def _run_to_its_end(self, store: Datastore, job: Job) -> None:
         self._wait()

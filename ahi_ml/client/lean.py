@@ -42,6 +42,7 @@ __all__ = ["CurlTransport", "misfit"]
 
 _LOG = logging.getLogger(__name__)
 _DEADLINE_S = 120.0
+_AT_ONCE = 8  # requests started before answers are looked at: meanwhile the decoders wait for the GIL
 _NOT_FRAMES = ("application/json", "text/", "application/xml")
 
 
@@ -166,12 +167,13 @@ class CurlTransport:
     def _fill(self, loop: Multi, now: float) -> float | None:
         """Start what may start; return when the next request may, unless that is for an answer or a fetch to say."""
         later, waiting, pace = self._later, self._waiting, self._pace
+        started = 0
         while loop.free:  # while every handle is busy, the next thing to do is an answer's
             again = bool(later) and later[0][0] <= now
             if not again and not waiting:
                 return later[0][0] if later else None
             due = pace.due(len(waiting) + again, now)
-            if due > now:
+            if due > now or started == _AT_ONCE:
                 return due
             request = heapq.heappop(later)[2] if again else waiting.popleft()
             if not again:
@@ -180,6 +182,7 @@ class CurlTransport:
                 request.deadline = now + _DEADLINE_S
             pace.take(now)
             self._start(loop, request)
+            started += 1
         return None
 
     def _drain(self) -> None:

@@ -171,7 +171,6 @@ class Multi:
         look_s = self._look - time.monotonic() if self._busy else None
         waits = [max(each, 0.0) for each in (most_s, self._left(), look_s) if each is not None]
         rang = False
-        acted = False
         for key, events in self._selector.select(min(waits) if waits else None):
             if key.fileobj is self._bell:
                 rang = True
@@ -180,12 +179,10 @@ class Multi:
                 self._curl.CSELECT_OUT if events & selectors.EVENT_WRITE else 0
             )
             self._multi.socket_action(key.fd, mask)
-            acted = True
+            self._collect()  # at once: to read all sockets takes longer than to decode the first frame
         if (left := self._left()) is not None and left <= 0:
             self._due = None
             self._multi.socket_action(self._curl.SOCKET_TIMEOUT, 0)
-            acted = True
-        if acted:
             self._collect()
         if self._busy and self._look <= (now := time.monotonic()):
             self._look = now + self._look_s

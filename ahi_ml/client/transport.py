@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from queue import SimpleQueue
@@ -227,6 +228,8 @@ class BestTransport:
     def __init__(self, connection: Connection, datastore_id: str) -> None:
         self._connection = connection
         self._datastore_id = datastore_id
+        with suppress(ImportError):
+            import pycurl  # noqa: F401 - takes some milliseconds: here, where no frame is waited for
         self._lock = threading.Lock()
         self._lean: CurlTransport | None = None
         self._boto3: Boto3Transport | None = None

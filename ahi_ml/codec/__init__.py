@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _JPEG_2000 = ("htj2k", "j2k")
+_deflate_crc32 = imagecodecs.deflate_crc32  # which loads a library: not while threads wait to decode their first frame
 
 _EXTRA_HINTS = {"video": "video frames are not decoded: read the bytes with store.reader.fetch() and a video library"}
 
@@ -59,7 +60,7 @@ def crc32(data: Buffer | AnyArray, before: int = 0) -> int:
     """
     if isinstance(data, np.ndarray) and not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)
-    return int(imagecodecs.deflate_crc32(data, before))
+    return int(_deflate_crc32(data, before))
 
 
 def decode(

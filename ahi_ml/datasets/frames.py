@@ -19,6 +19,7 @@ from ahi_ml.datasets.buffers import BufferPool
 from ahi_ml.datasets.pending import PendingBatch, TensorOptions, channels_last, keys_of
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
+from ahi_ml.datasets.segments import SegmentPool
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.perprocess import PerProcess
@@ -276,7 +277,7 @@ class FrameDataset(Dataset[Item]):
         shape = kind.shape(self.options.output, self.options.reduce)
         return ((shape[2], *shape[:2]) if len(shape) == 3 else (1, *shape)), self.options.result_dtype(kind)
 
-    def items(self, pending: PendingBatch, buffers: BufferPool | None = None) -> list[Item]:
+    def items(self, pending: PendingBatch, buffers: BufferPool | SegmentPool | None = None) -> list[Item]:
         """Wait for rows that were submitted and make their items; with the pool that lent their buffer. I/O: waits."""
         rows = self._arrived(pending)
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
@@ -394,8 +395,9 @@ class FrameDataset(Dataset[Item]):
         )
 
 
-def _make_buffers() -> BufferPool:
-    return BufferPool(2)  # one batch is made while another is copied to where the consumer finds it
+def _make_buffers() -> BufferPool | SegmentPool:
+    private = BufferPool(2)  # one batch is made while another is copied to where the consumer finds it
+    return SegmentPool(private) if get_worker_info() is not None and SegmentPool.possible() else private
 
 
 def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:

@@ -4,7 +4,8 @@ A worker's batch costs more to hand over than to convert: torch copies the items
 each of whose pages the kernel makes, maps and takes back. So in a worker, frames are decoded into a `Segment`, and what
 collates their items by torch's rules (`default_collate`, also within a `collate_fn` of the user's) finds that
 they lie in one array already. The consumer maps it and gets an ordinary tensor; when the last tensor, slice or array
-over it is gone there, the first bytes of the segment say so to the worker.
+over it is gone there, the first bytes of the segment say so to the worker. If the consumer has forked meanwhile, they
+say that the worker must not use it again: the new process may have the batch still.
 
 Items are tensors of a subclass that only remembers where they lie, and so is the batch, in the worker. Whatever else
 happens to them (an operation, a copy, a pickle) gives ordinary tensors of their own, by torch's own ways.
@@ -34,7 +35,7 @@ __all__ = ["SegmentPool"]
 _HEAD = mmap.PAGESIZE  # of which the first byte says whether a consumer has the batch
 _WORTH = 1 << 20  # bytes: smaller batches cost little to copy
 _MOST = 8  # batches that wait or are in use; of further ones torch's copies are handed over
-_FREE, _TAKEN = b"\0", b"\1"
+_FREE, _TAKEN, _LOST = b"\0", b"\1", b"\2"
 
 
 @dataclass(eq=False)
@@ -62,6 +63,11 @@ class Segment:
     def free(self) -> bool:
         """Whether nobody has anything that lies here."""
         return not self.busy and self.memory[:1] == _FREE
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can tell any more who has something that lies here."""
+        return self.memory[:1] == _LOST
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
         """Its bytes in this form; busy until the last view of them is gone."""
@@ -107,6 +113,7 @@ class SegmentPool:
         return self._private.take(shape, dtype) if segment is None else segment.array(shape, dtype)
 
     def _free_one(self, size: int) -> Segment | None:
+        self._segments = [segment for segment in self._segments if not segment.lost]
         free = [segment for segment in self._segments if segment.free]
         for segment in free:
             if segment.size >= size:
@@ -226,9 +233,32 @@ def _receive(descriptor: Any, shape: tuple[int, ...], dtype: str) -> torch.Tenso
     finally:
         os.close(number)
     whole = np.frombuffer(memory, np.uint8, prod(shape) * np.dtype(dtype).itemsize, _HEAD)
-    weakref.finalize(whole, _give_back, memory).atexit = False
+    received = _Received(memory)
+    weakref.finalize(whole, received.give_back).atexit = False
+    _RECEIVED.add(received)
     return torch.from_numpy(whole.view(dtype).reshape(shape))
 
 
-def _give_back(memory: mmap.mmap) -> None:
-    memory[:1] = _FREE
+@dataclass(eq=False)
+class _Received:
+    """A batch of a worker's, in the consumer."""
+
+    memory: mmap.mmap
+    forked: bool = False
+
+    def give_back(self) -> None:
+        """Nothing here refers to it any more."""
+        self.memory[:1] = _LOST if self.forked else _FREE
+
+
+_RECEIVED: weakref.WeakSet[_Received] = weakref.WeakSet()
+
+
+def _lose_all() -> None:
+    """Let no worker write again to what a process that is about to be forked shares with this one from then on."""
+    for received in list(_RECEIVED):
+        received.forked = True
+
+
+if SegmentPool.possible():
+    os.register_at_fork(before=_lose_all)

@@ -26,6 +26,7 @@ __all__ = ["FrameColumns"]
 _FIRST = ("image_set_id", "version_id", "series_instance_uid", "sop_instance_uid", "frame_number", "frame_id")
 _REFERENCES = frozenset({"instance", "profile", "plane", "series", "lookup_tables"})
 _OF_SERIES = ("image_set_id", "version_id", "series_instance_uid")
+_MOST_KNOWN = 1024  # series whose texts are remembered: a third of a MiB in each worker
 _POSITION = "ImagePositionPatient"
 _OF_FIRST_FRAME = ("Rows", "Columns", "PixelSpacing", "PhotometricInterpretation")
 
@@ -39,6 +40,7 @@ class FrameColumns:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self._kinds: dict[int, FrameProfile | MetadataError] = {}
+        self._known_series: dict[int, tuple[str, ...]] = {}
 
     @cached_property
     def _instance(self) -> AnyArray:
@@ -123,15 +125,27 @@ class FrameColumns:
     def ids(self, rows: AnyArray) -> dict[str, list[Any]]:
         """Ids of frames by name. Every item of a data set carries them, so they must cost next to nothing."""
         instances = self._instance[rows]
-        series = self._series_of_instance[instances].tolist()
-        distinct = list(dict.fromkeys(series))
-        numbers, texts = np.array(distinct, np.int64), self._texts
-        of_series = {name: dict(zip(distinct, texts[name][numbers], strict=True)) for name in _OF_SERIES}
+        texts = self._series_texts(self._series_of_instance[instances].tolist())
         return {
-            **{name: [found[number] for number in series] for name, found in of_series.items()},
-            "sop_instance_uid": texts["sop_instance_uid"][instances],
+            **{name: [each[place] for each in texts] for place, name in enumerate(_OF_SERIES)},
+            "sop_instance_uid": self._texts["sop_instance_uid"][instances],
             "frame_number": self._frame_number[rows].tolist(),
         }
+
+    def _series_texts(self, series: list[int]) -> list[tuple[str, ...]]:
+        """The texts of `_OF_SERIES` for each of some series; those of the last ones are remembered."""
+        known = self._known_series
+        found = {number: known.get(number) for number in series}
+        absent = [number for number, texts in found.items() if texts is None]
+        if absent:
+            if len(known) + len(absent) > _MOST_KNOWN:
+                known.clear()
+            numbers = np.array(absent, np.int64)
+            texts = zip(*(self._texts[name][numbers] for name in _OF_SERIES), strict=True)
+            made: dict[int, tuple[str, ...]] = dict(zip(absent, texts, strict=True))
+            found.update(made)
+            known.update(made)
+        return [found[number] for number in series]  # type: ignore[misc]
 
     def positions(self, rows: AnyArray) -> FloatArray:
         """Image Position (Patient), ``(n, 3)`` LPS mm; NaN where there is none."""
@@ -170,7 +184,8 @@ class FrameColumns:
 
         def make() -> list[FrameSource]:
             frames = self.tables.frames
-            sets = self._texts["image_set_id"][self._series_of_instance[self._instance[rows]]]
+            texts = self._series_texts(self._series_of_instance[self._instance[rows]].tolist())
+            sets = [image_set_id for image_set_id, *_ in texts]
             integers = (_integers(frames[name], rows) for name in ("checksum", "minimum", "maximum"))
             checksums, lowest, highest = integers
             return list(map(FrameSource, sets, frame_ids, checksums, kinds, lowest, highest))

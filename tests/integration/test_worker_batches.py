@@ -301,3 +301,28 @@ def test_results_that_differ_in_form(store: DataStore, index: DatasetIndex, expe
         for rows, batch in zip(batches, loader, strict=True):
             assert torch.equal(batch["image"], images[rows])
     assert segments() <= SEGMENTS
+
+
+def test_a_process_that_was_forked_keeps_what_it_has(dataset: FrameDataset, expected: list[dict[str, Any]]) -> None:
+    fork = multiprocessing.get_context("fork")
+    ask, answer = fork.Event(), fork.SimpleQueue()
+
+    def look(image: torch.Tensor) -> None:
+        ask.wait(60)
+        answer.put(bool(torch.equal(image, expected[0]["image"])))
+
+    loader = by_workers(dataset)
+    batches = iter(loader)
+    batch = next(batches)
+    process = fork.Process(target=look, args=(batch["image"],))
+    process.start()
+    process._args = ()  # type: ignore[attr-defined]  # of this process: it lets go of the batch, the other does not
+    del batch
+    for _ in range(2):
+        for _ in batches:
+            assert segments() <= SEGMENTS
+        batches = iter(loader)
+    ask.set()
+    assert answer.get()
+    process.join(60)
+    assert process.exitcode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -164,3 +165,19 @@ def test_as_many_as_are_kept(pool: SegmentPool) -> None:
     (large, *_) = pool.lend(pool.take((9, *SHAPE[1:]), FLOAT))  # one that is too small makes room
     assert type(large) is segments._Row
     assert made(pool) == segments._MOST
+
+
+def test_what_a_forked_process_may_have_is_not_used_again(pool: SegmentPool) -> None:
+    batch = default_collate(rows_of(pool))
+    place = batch.data_ptr()
+    receive, arguments = segments._hand_over(batch)
+    del batch
+    received = receive(*arguments)
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    del received
+    for _ in range(3):
+        assert rows_of(pool)[0].data_ptr() != place
+    assert made(pool) == 1, "the pool has let go of it"

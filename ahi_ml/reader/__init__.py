@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -163,9 +162,9 @@ class Reader:
     def _spread(self, batch: Batch, slots: list[int], cache: FrameCache) -> None:
         """Have all threads read frames of a batch from the cache, as many at a time as are worth a turn."""
         turn = _a_turn(batch, slots[0])
-        left = iter(slots)  # of a list: threads may share it
-        turns = iter(lambda: list(islice(left, turn)), [])
-        self._pool.put(partial(self._each, batch, turns, cache), min(self._pool.threads, -(-len(slots) // turn)))
+        turns = [slots[start : start + turn] for start in range(0, len(slots), turn)]
+        work = partial(self._each, batch, iter(turns), cache)  # of a list: threads may share it
+        self._pool.put(work, min(self._pool.threads, len(turns)))
 
     def _each(self, batch: Batch, turns: Iterator[list[int]], cache: FrameCache, dropped: bool) -> None:
         for slots in turns:

@@ -9,7 +9,6 @@ whoever submits does.
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -161,19 +160,25 @@ class Reader:
 
     def _spread(self, batch: Batch, slots: list[int], cache: FrameCache) -> None:
         """Have all threads read frames of a batch from the cache, as many at a time as are worth a turn."""
-        turn = _a_turn(batch, slots[0])
+        turn = _a_turn(batch.sources.kinds[slots[0]], batch.options.reduce)
         turns = [slots[start : start + turn] for start in range(0, len(slots), turn)]
         work = partial(self._each, batch, iter(turns), cache)  # of a list: threads may share it
         self._pool.put(work, min(self._pool.threads, len(turns)))
 
     def _each(self, batch: Batch, turns: Iterator[list[int]], cache: FrameCache, dropped: bool) -> None:
         for slots in turns:
-            if dropped or batch.cancelled or self._pool.closed:
-                for slot in slots:
-                    self._let_go(Task(batch, slot))
-                continue
-            for slot in self._read_cached(batch, slots, cache):
-                self._step(Task(batch, slot), self._download, cache, False)
+            dropped = dropped or batch.cancelled or self._pool.closed
+            for slot in slots if dropped else self._read_cached(batch, slots, cache):
+                self._begin(batch, slot, self._download, cache, dropped)
+
+    def _begin(self, batch: Batch, slot: int, stage: Stage, given: Any, dropped: bool) -> None:
+        """Take a frame on its way, unless it is to be dropped."""
+        try:
+            task = Task(batch, slot)
+        except BaseException as error:
+            batch.finish(slot, error)
+        else:
+            self._step(task, stage, given, dropped)
 
     def _step(self, task: Task, stage: Stage, given: Any, dropped: bool) -> None:
         """Take a task through a stage."""
@@ -217,7 +222,7 @@ class Reader:
         batch.results = derived, keys
         if dropped or batch.cancelled or cache is None:
             for slot in keys:
-                self._step(Task(batch, slot), self._fetch, None, dropped)
+                self._begin(batch, slot, self._fetch, None, dropped)
         elif keys:  # to be decoded: by all threads
             self._spread(batch, list(keys), cache)
 
@@ -369,7 +374,9 @@ class Reader:
         self._finish(task, out)
 
 
-def _a_turn(batch: Batch, slot: int) -> int:
+def _a_turn(kind: FrameProfile | MetadataError, reduce: int) -> int:
     """How many frames a thread takes at a time: what is done once a turn costs as much as decoding a tiny frame."""
-    shape, _ = batch.form(slot).decoded
-    return max(1, min(_MOST_A_TURN, _PIXELS_A_TURN // max(math.prod(shape), 1)))
+    if isinstance(kind, MetadataError):
+        return 1
+    pixels = kind.pixels.rows * kind.pixels.columns * kind.pixels.samples >> 2 * reduce
+    return max(1, min(_MOST_A_TURN, _PIXELS_A_TURN // max(pixels, 1)))

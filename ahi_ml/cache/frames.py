@@ -166,8 +166,10 @@ class FrameCache:
         for frame_id in frame_ids:
             kept: _Mapped | None = mapped((datastore_id, frame_id))
             entry, mark = kept.parts.get(reduce, _NONE) if kept is not None else _NONE
-            if entry is None or not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or not sample(SAMPLE_BITS):
+            if entry is None:
                 entry = self._read(datastore_id, frame_id, reduce)
+            elif not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or not sample(SAMPLE_BITS):
+                entry = self._read(datastore_id, frame_id, reduce, doubted=True)
             if entry is not None:
                 hits += 1
                 size += len(entry.data)
@@ -178,9 +180,9 @@ class FrameCache:
             state.stats.bytes += size
         return found
 
-    def _read(self, datastore_id: str, frame_id: str, reduce: int) -> CacheEntry | None:
+    def _read(self, datastore_id: str, frame_id: str, reduce: int, *, doubted: bool = False) -> CacheEntry | None:
         name = self.name(datastore_id, frame_id)
-        known = self._folder.state().marks.known(hash((name, reduce)))
+        known = not doubted and self._folder.state().marks.known(hash((name, reduce)))
         if known and self._cipher is None:
             entry = self._map((datastore_id, frame_id), name, reduce)
             if entry is not None:

@@ -186,6 +186,24 @@ class TestFrames:
         assert cache.get(STORE, FRAMES[0]) is not None
         assert cache.get(STORE, FRAMES[0], 1) is not None
 
+    def test_damage_is_noticed_by_sampling(self, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("frames", "marks"):
+            monkeypatch.setattr(f"ahi_ml.cache.{module}.SAMPLE_BITS", 6)
+        reads = []
+        for _ in range(30):
+            put(cache)
+            read(cache, times=3)
+            (path,) = (path for path in cache.folder.rglob("*") if path.is_file())
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x55")
+            number = 0
+            while cache.get(STORE, FRAMES[0]) is not None:
+                number += 1
+                assert number < 3000
+            reads.append(number)
+        assert 20 < np.mean(reads) < 150, "one read in 64"
+
     @pytest.mark.parametrize("how", ["drop", "clear", "evict"])
     def test_deleted_entries_take_no_space(self, cache: FrameCache, how: str) -> None:
         put(cache)

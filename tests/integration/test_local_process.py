@@ -36,6 +36,7 @@ def say(**words):
     print(json.dumps(words), flush=True)
 
 signal.signal(signal.SIGINT, lambda number, frame: say(interrupted=True))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it (nohup)
 say(up=True)
 sys.stdin.readline()
 lease = attach(Path(sys.argv[1]))

@@ -364,6 +364,7 @@ class FrameCache:
             counts["entries"] += 1
             counts["bytes"] += len(raw)
             if not is_whole(raw):
+                self._folder.state().mapped.forget(found.path)
                 counts["corrupt"] += remove(found.path)
         if counts["corrupt"]:
             self._folder.count(corrupt=counts["corrupt"])

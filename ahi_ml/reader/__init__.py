@@ -34,8 +34,8 @@ from ahi_ml.types import AnyArray
 
 __all__ = ["Batch", "ReadOptions", "Reader", "ReaderStats"]
 
-_PIXELS_A_TURN = 1 << 18
-_MOST_A_TURN = 8
+_PIXELS_A_TURN = 1 << 18  # that a thread takes from the cache at a time: one frame of 512x512, or
+_MOST_A_TURN = 8  # some smaller ones
 
 Stage = Callable[[Task, Any], None]
 
@@ -166,6 +166,7 @@ class Reader:
         self._pool.put(work, min(self._pool.threads, len(turns)))
 
     def _each(self, batch: Batch, turns: Iterator[list[int]], cache: FrameCache, dropped: bool) -> None:
+        """Read frames from the cache turn by turn, and have those fetched that are not there."""
         for slots in turns:
             dropped = dropped or batch.cancelled or self._pool.closed
             for slot in slots if dropped else self._read_cached(batch, slots, cache):

@@ -204,6 +204,23 @@ class TestFrames:
             reads.append(number)
         assert 20 < np.mean(reads) < 150, "one read in 64"
 
+    def test_what_verify_deletes_is_gone(self, cache: FrameCache, tier: DerivedTier) -> None:
+        put(cache)
+        tier.write(FRAMES[1], IMAGE, True)
+        out = np.zeros_like(IMAGE)
+        for _ in range(3):
+            read(cache)
+            assert tier.read_into(FRAMES[1], out)
+        assert mappings(cache.folder) == 2
+        for path in [path for path in cache.folder.rglob("*") if path.is_file()]:
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x55")
+        assert cache.verify()["corrupt"] == 2
+        assert mappings(cache.folder) == 0
+        assert cache.get(STORE, FRAMES[0]) is None
+        assert tier.read_into(FRAMES[1], out) is None
+
     @pytest.mark.parametrize("how", ["drop", "clear", "evict"])
     def test_deleted_entries_take_no_space(self, cache: FrameCache, how: str) -> None:
         put(cache)

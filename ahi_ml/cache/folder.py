@@ -280,14 +280,17 @@ class CacheFolder:
         try:
             descriptor = os.open(path, _READ)
             try:
-                size = os.fstat(descriptor).st_size
-                entry = parse(map_file(descriptor, size))
+                status = os.fstat(descriptor)
+                entry = parse(map_file(descriptor, status.st_size))
             finally:
                 os.close(descriptor)
+            if entry is not None:
+                state.mapped.add(key, path, entry, status.st_size, most)
+                if os.stat(path).st_ino != status.st_ino:  # replaced meanwhile, when there was nothing to let go of
+                    state.mapped.forget(path)
         except OSError:  # evicted just now, or the system's bound: it is read instead
+            state.mapped.forget(path)
             return None
-        if entry is not None:
-            state.mapped.add(key, path, entry, size, most)
         return entry
 
     def _complete(self, descriptor: int, raw: bytes, end: int, reduce: int) -> bytes:

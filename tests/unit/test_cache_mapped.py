@@ -204,6 +204,27 @@ class TestFrames:
             reads.append(number)
         assert 20 < np.mean(reads) < 150, "one read in 64"
 
+    @pytest.mark.parametrize("how", ["deleted", "replaced"])
+    def test_what_goes_while_it_is_mapped_is_not_kept(
+        self, cache: FrameCache, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        put(cache)
+        read(cache)
+
+        def slowly(descriptor: int, size: int) -> Any:
+            array = map_file(descriptor, size)
+            cache.drop(STORE, FRAMES[0])
+            if how == "replaced":
+                put(cache, data=b"other")
+            return array
+
+        monkeypatch.setattr(folder, "map_file", slowly)
+        cache.get(STORE, FRAMES[0])
+        monkeypatch.undo()
+        assert mappings(cache.folder) == 0
+        entry = cache.get(STORE, FRAMES[0])
+        assert (entry and bytes(entry.data)) == (b"\0other" if how == "replaced" else None)
+
     def test_what_verify_deletes_is_gone(self, cache: FrameCache, tier: DerivedTier) -> None:
         put(cache)
         tier.write(FRAMES[1], IMAGE, True)

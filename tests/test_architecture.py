@@ -70,11 +70,15 @@ def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
                 yield alias.name, id(node) not in inside, node.lineno
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if node.module == "ahi_ml":
-                for alias in node.names:
-                    yield f"ahi_ml.{alias.name}", id(node) not in inside, node.lineno
-            else:
-                yield node.module or "", id(node) not in inside, node.lineno
+            for name in {_module_of(node.module or "", alias.name) for alias in node.names}:
+                yield name, id(node) not in inside, node.lineno
+
+
+def _module_of(module: str, name: str) -> str:
+    """Which module ``from module import name`` is about: that of the name, if it is one of ours."""
+    place = PACKAGE.parent.joinpath(*module.split("."), name)
+    ours = module == "ahi_ml" or place.with_suffix(".py").exists() or (place / "__init__.py").exists()
+    return f"{module}.{name}" if ours else module
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32 as _small  # the same, and keeps the GIL for so few bytes: giving it away costs more
 
 from ahi_ml.codec import crc32
@@ -60,11 +60,14 @@ class CacheEntry(NamedTuple):
         Whether its pixels were checked against the data store's checksum when it was written.
     whole : bool
         Whether that is all of the frame.
+    notes : dict, optional
+        For what a reader works out of it: kept with the entry, when that is kept in memory.
     """
 
     data: Buffer
     verified: bool
     whole: bool = True
+    notes: dict[str, Any] | None = None
 
 
 class EncodedHeader(NamedTuple):

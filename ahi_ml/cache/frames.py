@@ -205,6 +205,7 @@ class FrameCache:
         part = kept.header.part(reduce) if kept is not None else None
         entry = self._entry(kept.header, kept.data[: part[0]]) if kept is not None and part is not None else None
         if kept is not None and entry is not None:
+            entry = entry._replace(notes={})
             kept.parts[reduce] = entry, hash((name, reduce))
         return entry
 

@@ -26,7 +26,7 @@ from ahi_ml.codec.progressive import resolution_end
 from ahi_ml.codec.syntaxes import HTJ2K_LOSSLESS_RPCL
 from ahi_ml.types import AnyArray, Buffer
 
-__all__ = ["decode_low", "divisible", "settle", "smaller_stream"]
+__all__ = ["LowPass", "divisible", "low_pass_of", "settle", "smaller_stream"]
 
 _SIZ, _COD, _QCD, _QCC = 0xFF51, 0xFF52, 0xFF5C, 0xFF5D
 _TLM, _PLM = 0xFF55, 0xFF57
@@ -56,29 +56,108 @@ def divisible(data: Buffer, pixels: PixelFormat) -> Layout | None:
     return layout if info.precision <= _HEADROOM_BITS - 2 else None  # else there is no room for overshoot
 
 
-def decode_low(
+class LowPass:
+    """How a lower resolution of one JPEG 2000 stream is decoded, worked out once for frames that are read often.
+
+    Parameters
+    ----------
+    data, layout : memoryview, Layout
+        The frame up to where the resolution ends, and what `layout_of` said of it.
+    syntax, pixels, reduce : str, PixelFormat, int
+        As for `codec.decode`.
+    skipped : int
+        How many of the levels its decoder leaves out. The others are taken from what it gives.
+    extremes : (int, int), optional
+        As for `codec.decode`.
+    """
+
+    __slots__ = ("_data", "_fits", "_layout", "_left", "_made", "_shift", "_skipped", "_syntax", "_wanted")
+
+    def __init__(
+        self,
+        data: memoryview,
+        layout: Layout,
+        syntax: str,
+        pixels: PixelFormat,
+        reduce: int,
+        skipped: int,
+        extremes: tuple[int, int] | None,
+    ) -> None:
+        self._data, self._layout, self._syntax = data, layout, syntax
+        self._skipped, self._left = skipped, reduce - skipped
+        self._wanted, self._made = pixels.reduced(reduce), pixels.reduced(skipped)
+        self._shift, self._fits = None, False
+        if extremes is not None and layout.info.high_throughput and layout.info.reversible:
+            psot = int.from_bytes(data[layout.body + 6 : layout.body + 10], "big")
+            if 0 < psot <= len(data) - layout.body:  # else cut within a tile-part, which OpenJPH refuses
+                self._shift, self._fits = _to_16_bits(layout.info, pixels, extremes, reduce)
+
+    def __call__(self, out: AnyArray | None = None) -> AnyArray:
+        """Decode, into `out` if given. I/O: none; releases the GIL for HTJ2K.
+
+        Raises
+        ------
+        DecodeError
+            As `codec.decode`.
+        """
+        wanted, shift = self._wanted, self._shift
+        if out is None:
+            out = np.empty(wanted.shape, wanted.dtype)
+        image = None
+        if shift is not None:
+            place = out if not self._left and out.itemsize == 2 and out.flags.c_contiguous else None
+            image = self._in_16_bits(place)
+            if self._fits and image is not None and place is not None:
+                return out
+        info = self._layout.info
+        if image is None or shift is None:
+            image = self._in_24_bits()
+            shift = 0 if info.signed or not info.reversible else 1 << info.precision - 1
+        elif shift:
+            np.subtract(image, (shift - _LEAST) % (1 << 16) + _LEAST, out=image)
+        if image.shape != self._made.shape:
+            image = match_shape(image, self._made, self._syntax)
+        if self._left:
+            image = wavelet.low_pass(image, self._left, colour_transform=info.in_differences)
+        if not info.reversible:  # of the stream's own depth, to which its decoder has clipped it
+            image = image.astype(np.int32)
+        return settle(image, wanted, out, shift)
+
+    def _in_16_bits(self, place: AnyArray | None) -> AnyArray | None:
+        """Low-pass values modulo 2**16, in a view of `place` if given; None if OpenJPH cannot say them."""
+        try:
+            return jpeg2000.decode_htj2k(self._data, skipped=self._skipped, out=place).view(np.int16)
+        except Exception:  # the codec's own, some of them bare: the other way says what is wrong
+            return None
+
+    def _in_24_bits(self) -> AnyArray:
+        """Low-pass values as the stream's own sign and `_HEADROOM_BITS` hold them."""
+        info, data = self._layout.info, self._data
+        depth = _HEADROOM if info.reversible else None
+        return jpeg2000.decode_stream(smaller_stream(data, self._layout, self._skipped, len(data), depth=depth), info)
+
+
+def low_pass_of(
     data: Buffer,
     syntax: str,
     pixels: PixelFormat,
     reduce: int,
-    *,
-    out: AnyArray | None = None,
     extremes: tuple[int, int] | None = None,
-) -> AnyArray | None:
-    """Decode a lower resolution of a JPEG 2000 stream, clipped to the stored range.
+) -> LowPass | None:
+    """Work out how a lower resolution of a JPEG 2000 stream is decoded, clipped to the stored range.
 
-    I/O: none; releases the GIL for HTJ2K.
+    I/O: none.
 
     Parameters
     ----------
     data : bytes-like
         The frame, or at least the prefix that `progressive.prefix_of` told.
-    syntax, pixels, reduce, out, extremes : str, PixelFormat, int, ndarray, (int, int)
+    syntax, pixels, reduce, extremes : str, PixelFormat, int, (int, int)
         As for `codec.decode`.
 
     Returns
     -------
-    ndarray or None
+    LowPass or None
         None when nothing can be left out of the stream.
 
     Raises
@@ -89,65 +168,29 @@ def decode_low(
     layout = divisible(data, pixels)
     if layout is None:
         return None
-    info = layout.info
-    skipped = min(reduce, info.levels)
+    skipped = min(reduce, layout.info.levels)
     end = resolution_end(data, layout, skipped, one_part_a_resolution=syntax == HTJ2K_LOSSLESS_RPCL)
     if end is None:
         return None
-    wanted = pixels.reduced(reduce)
-    made = wanted if skipped == reduce else pixels.reduced(skipped)
-    if out is None:
-        out = np.empty(wanted.shape, wanted.dtype)
-    place = out if skipped == reduce and out.itemsize == 2 and out.flags.c_contiguous else None
-    image = None
-    shift = _shift_to_16_bits(info, pixels, extremes, reduce)
-    if shift is not None:
-        image = _in_16_bits(memoryview(data)[:end], layout, skipped, place, shift)
-        if place is not None and image is not None and not shift and wanted.stored_range == (_LEAST, _MOST):
-            return out  # nothing to clip
-    if image is None or shift is None:
-        stream = smaller_stream(data, layout, skipped, end, depth=_HEADROOM if info.reversible else None)
-        image = jpeg2000.decode_stream(stream, info)
-        shift = 0 if info.signed or not info.reversible else 1 << info.precision - 1
-    if image.shape != made.shape:
-        image = match_shape(image, made, syntax)
-    if skipped < reduce:
-        image = wavelet.low_pass(image, reduce - skipped, colour_transform=info.in_differences)
-    if not info.reversible:  # of the stream's own depth, to which its decoder has clipped it
-        image = image.astype(np.int32)
-    return settle(image, wanted, out, shift)
+    return LowPass(memoryview(data)[:end], layout, syntax, pixels, reduce, skipped, extremes)
 
 
-def _shift_to_16_bits(
-    info: StreamInfo, pixels: PixelFormat, extremes: tuple[int, int] | None, reduce: int
-) -> int | None:
-    """What to take from low-pass values so that an int16 holds them; None where that is not certain."""
-    if extremes is None or not (info.high_throughput and info.reversible and 8 < info.precision <= 16):
-        return None
+def _to_16_bits(
+    info: StreamInfo, pixels: PixelFormat, extremes: tuple[int, int], reduce: int
+) -> tuple[int | None, bool]:
+    """What to take from low-pass values so that an int16 holds them, None where that is not certain.
+
+    And whether 16 bits are certain to hold them as stored values, so that nothing is to be done.
+    """
     low, high = pixels.stored_range
     lowest, highest = int(extremes[0]), int(extremes[1])  # numbers of an index have few bits
-    if not low <= lowest <= highest <= high:
-        return None
+    if not 8 < info.precision <= 16 or not low <= lowest <= highest <= high:
+        return None, False
     least, most = wavelet.low_pass_range(lowest, highest, reduce)
+    fits = low <= least and most <= high
     if least >= _LEAST and most <= _MOST:
-        return 0
-    return (least + most) // 2 if most - least <= _MOST - _LEAST else None
-
-
-def _in_16_bits(
-    stream: memoryview, layout: Layout, skipped: int, place: AnyArray | None, shift: int
-) -> AnyArray | None:
-    """Low-pass values less `shift`, modulo 2**16, in a view of `place` if given; None if OpenJPH cannot say them."""
-    psot = int.from_bytes(stream[layout.body + 6 : layout.body + 10], "big")
-    if not 0 < psot <= len(stream) - layout.body:  # cut within a tile-part
-        return None
-    try:
-        image = jpeg2000.decode_htj2k(stream, skipped=skipped, out=place).view(np.int16)
-    except Exception:  # the codec's own, some of them bare: the other way says what is wrong
-        return None
-    if shift:
-        np.subtract(image, (shift - _LEAST) % (1 << 16) + _LEAST, out=image)
-    return image
+        return 0, fits
+    return ((least + most) // 2, fits) if most - least <= _MOST - _LEAST else (None, False)
 
 
 def settle(image: AnyArray, pixels: PixelFormat, out: AnyArray | None = None, shift: int = 0) -> AnyArray:

@@ -13,6 +13,7 @@ __all__ = [
     "HTJ2K_LOSSLESS_RPCL",
     "IMPLICIT_LE",
     "J2K_LOSSLESS",
+    "JPEG_2000",
     "JPEG_BASELINE",
     "SYNTAXES",
     "TransferSyntax",
@@ -24,6 +25,7 @@ EXPLICIT_LE = "1.2.840.10008.1.2.1"
 JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 J2K_LOSSLESS = "1.2.840.10008.1.2.4.90"
 HTJ2K_LOSSLESS_RPCL = "1.2.840.10008.1.2.4.202"
+JPEG_2000 = ("htj2k", "j2k")  # the codecs with resolutions
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ahi_ml.cache import FrameCache, ResultTier, fingerprint
+from ahi_ml.cache import CacheEntry, FrameCache, ResultTier, fingerprint
 from ahi_ml.client import FrameTransport
 from ahi_ml.config import decode_threads
 from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, UnsupportedTransferSyntaxError
@@ -52,13 +52,13 @@ class Reader:
     datastore_id : str
         Part of the cache's key.
     threads : int, optional
-        Decoding threads; by default one more than cores, which works while another waits for the GIL or a file.
+        Decoding threads, by default as many as cores.
     """
 
     def __init__(self, transport: FrameTransport, datastore_id: str, *, threads: int | None = None) -> None:
         self._transport = transport
         self._datastore_id = datastore_id
-        self._pool = DecodePool(threads or decode_threads() + 1)
+        self._pool = DecodePool(threads or decode_threads())
         self._stats = ReaderStats()
         self._lock = threading.Lock()
         self._digests: dict[int, tuple[FrameProfile | MetadataError, str]] = {}
@@ -280,7 +280,7 @@ class Reader:
                 continue
             try:
                 out = batch.out(slot)
-                one = batch.make(slot, entry.data, out, trusted=entry.verified, whole=entry.whole)
+                one = batch.make(slot, entry, out)
                 batch.keep(slot, out, verified=one.verified)
             except UnsupportedTransferSyntaxError as error:
                 outcomes.append((slot, error))
@@ -351,7 +351,7 @@ class Reader:
         try:
             whole = task.part is None or not task.part.stopped
             out = batch.out(task.slot)
-            made = batch.make(task.slot, data, out, trusted=False, whole=whole, again=task.fetches > 1)
+            made = batch.make(task.slot, CacheEntry(data, False, whole), out, again=task.fetches > 1)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):

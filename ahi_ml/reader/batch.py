@@ -8,13 +8,13 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ahi_ml.cache import Flights, ResultTier
+from ahi_ml.cache import CacheEntry, Flights, ResultTier
 from ahi_ml.client import Part
 from ahi_ml.index import FrameSource, FrameSources
 from ahi_ml.reader.making import Form, Made, make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
-from ahi_ml.types import AnyArray, Buffer
+from ahi_ml.types import AnyArray
 
 __all__ = ["Batch", "Task"]
 
@@ -83,12 +83,9 @@ class Batch:
         form = self.form(slot)
         return np.empty(form.shape, form.dtype)
 
-    def make(
-        self, slot: int, data: Buffer, out: AnyArray, *, trusted: bool, whole: bool = True, again: bool = False
-    ) -> Made:
+    def make(self, slot: int, entry: CacheEntry, out: AnyArray, *, again: bool = False) -> Made:
         """Make a frame of encoded bytes; see `make_frame`. Called by the reader. I/O: none."""
-        source, form = self.sources[slot], self.form(slot)
-        return make_frame(source, self.options, data, out, form, trusted=trusted, whole=whole, again=again)
+        return make_frame(self.sources[slot], self.options, entry, out, self.form(slot), again=again)
 
     def keep(self, slot: int, array: AnyArray, *, verified: bool) -> None:
         """Store a frame's result where results are kept. Called by the reader. I/O: one file, if they are."""

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ahi_ml.codec import crc32, decode
+from ahi_ml.cache import CacheEntry
+from ahi_ml.codec import Prepared, crc32, prepare
 from ahi_ml.errors import ChecksumError, ConfigError, DecodeError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.values import convert_values
-from ahi_ml.types import AnyArray, Buffer
+from ahi_ml.types import AnyArray
 
 __all__ = ["Form", "Made", "make_frame"]
 
@@ -63,15 +64,7 @@ class Made(NamedTuple):
 
 
 def make_frame(
-    source: FrameSource,
-    options: ReadOptions,
-    data: Buffer,
-    out: AnyArray,
-    form: Form,
-    *,
-    trusted: bool,
-    whole: bool = True,
-    again: bool = False,
+    source: FrameSource, options: ReadOptions, entry: CacheEntry, out: AnyArray, form: Form, *, again: bool = False
 ) -> Made:
     """Decode, verify and convert a frame into `out`.
 
@@ -81,18 +74,14 @@ def make_frame(
     ----------
     source, options : FrameSource, ReadOptions
         Which frame, and what to make of it.
-    data : bytes-like
+    entry : CacheEntry
         The encoded frame, or the part of it that `options.reduce` needs.
     out : ndarray
         Written to.
     form : Form
         Of frames of this kind.
-    trusted : bool
-        Whether the bytes were compared with the checksum before.
-    whole : bool
-        Whether `data` is all of the frame.
     again : bool
-        Whether they were fetched for the second time.
+        Whether it was fetched for the second time.
 
     Raises
     ------
@@ -100,11 +89,11 @@ def make_frame(
         The pixels differ from the checksum; the bytes are no frame; `out` has another form.
     """
     profile = source.profile
-    check = options.verify and not trusted and source.checksum is not None
+    check = options.verify and not entry.verified and source.checksum is not None
     # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
-    of_bytes = check and profile.checksum_of == "bytes" and whole
+    of_bytes = check and profile.checksum_of == "bytes" and entry.whole
     of_pixels = check and profile.checksum_of == "samples" and options.reduce == 0
-    if of_bytes and crc32(data) != source.checksum:
+    if of_bytes and crc32(entry.data) != source.checksum:
         raise _mismatch(source, "encoded bytes", again)
     if out.shape != form.shape or out.dtype != form.dtype:
         raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {form.dtype}{form.shape}")
@@ -112,8 +101,7 @@ def make_frame(
     direct = form.as_stored and out.flags.c_contiguous
     try:
         place = out if direct else _scratch_array(*form.decoded)
-        extremes = source.extremes if options.reduce else None
-        stored = decode(data, profile.syntax, profile.pixels, out=place, reduce=options.reduce, extremes=extremes)
+        stored = _prepared(source, options.reduce, entry)(place)
     except DecodeError as error:
         where = f"frame {source.frame_id} of image set {source.image_set_id}"
         raise type(error)(f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
@@ -122,7 +110,20 @@ def make_frame(
     decoded = perf_counter()
     if not direct:
         convert_values(stored, profile, options, out)
-    return Made(trusted or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
+    return Made(entry.verified or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
+
+
+def _prepared(source: FrameSource, reduce: int, entry: CacheEntry) -> Prepared:
+    """How to decode an entry, which is found once for one that is kept in memory."""
+    depends = source.kind, source.minimum, source.maximum
+    noted = entry.notes.get("prepared") if entry.notes is not None else None
+    if noted is not None and noted[0] == depends:
+        return noted[1]  # type: ignore[no-any-return]
+    profile = source.profile
+    prepared = prepare(entry.data, profile.syntax, profile.pixels, reduce=reduce, extremes=source.extremes)
+    if entry.notes is not None:
+        entry.notes["prepared"] = depends, prepared
+    return prepared
 
 
 def _scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:

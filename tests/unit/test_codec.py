@@ -15,7 +15,7 @@ import openjpeg
 import pytest
 
 from ahi_ml import codec
-from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat, jpeg2000
+from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat, decoders, jpeg2000
 from ahi_ml.errors import DecodeError, UnsupportedTransferSyntaxError
 
 J2K = "1.2.840.10008.1.2.4.90"
@@ -209,7 +209,7 @@ class TestRoundTrips:
         jpeg_ls = pytest.importorskip("jpeg_ls", reason="pyjpegls is not installed")
         image = np.clip(noise("i2", (20, 30)), -2048, 2047)
         data = jpeg_ls.encode_array((image & 0xFFF).astype(np.uint16))
-        assert codec._jpegls_precision(data) == 12
+        assert decoders._jpegls_precision(data) == 12
         assert np.array_equal(codec.decode(bytes(data), JPEG_LS, format_of(image, bits=12)), image)
 
     def test_colour_jpeg_is_not_converted(self) -> None:

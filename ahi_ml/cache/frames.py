@@ -19,6 +19,7 @@ from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.marks import BYTE, SAMPLE_BITS
 from ahi_ml.cache.remote import RemoteTier
 from ahi_ml.cache.sealed import Cipher, SealedTier
+from ahi_ml.codec import crc32
 from ahi_ml.config import cache_places
 from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
@@ -168,7 +169,9 @@ class FrameCache:
             entry, mark = kept.parts.get(reduce, _NONE) if kept is not None else _NONE
             if entry is None:
                 entry = self._read(datastore_id, frame_id, reduce)
-            elif not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or not sample(SAMPLE_BITS):
+            elif not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or (
+                not sample(SAMPLE_BITS) and not self._is_sound(entry, kept, datastore_id, frame_id, reduce)
+            ):
                 entry = self._read(datastore_id, frame_id, reduce, doubted=True)
             if entry is not None:
                 hits += 1
@@ -179,6 +182,11 @@ class FrameCache:
             state.stats.misses += len(found) - hits
             state.stats.bytes += size
         return found
+
+    def _is_sound(self, entry: CacheEntry, kept: _Mapped | None, datastore_id: str, frame_id: str, reduce: int) -> bool:
+        """Whether a mapped entry is still in the folder, and its bytes are what was written."""
+        part = kept.header.part(reduce) if kept is not None else None
+        return part is not None and self.has(datastore_id, frame_id) and crc32(entry.data) == part[1]
 
     def _read(self, datastore_id: str, frame_id: str, reduce: int, *, doubted: bool = False) -> CacheEntry | None:
         name = self.name(datastore_id, frame_id)

@@ -264,7 +264,7 @@ class FrameDataset(Dataset[Item]):
         return PendingBatch(numbers, images, batch)
 
     def _allocate(self, sources: FrameSources, allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
-        forms = {id(kind): self._form(kind) for kind in {id(kind): kind for kind in sources.kinds}.values()}
+        forms = {id(kind): self._form(kind) for kind in sources.distinct}
         if len(set(forms.values())) == 1:
             shape, dtype = next(iter(forms.values()))
             return allocate((len(sources), *shape), dtype)

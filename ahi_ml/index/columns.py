@@ -190,7 +190,7 @@ class FrameColumns:
             checksums, lowest, highest = integers
             return list(map(FrameSource, sets, frame_ids, checksums, kinds, lowest, highest))
 
-        return FrameSources(frame_ids, kinds, make)
+        return FrameSources(frame_ids, kinds, by_number.values(), make)
 
     def snapshot_id(self, rows: AnyArray) -> str:
         """Hash of which frames of which versions these are, in any order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from ahi_ml.errors import MetadataError
@@ -66,17 +66,21 @@ class FrameSources(Sequence[FrameSource]):
         As in `FrameSource`, and so are `kinds`.
     kinds : list of FrameProfile or MetadataError
         See there.
+    distinct : collection of FrameProfile or MetadataError
+        The kinds, each once.
     make : callable
-        Gives them all as a list.
+        Gives the frames as a list.
     """
 
     def __init__(
         self,
         frame_ids: list[str],
         kinds: list[FrameProfile | MetadataError],
+        distinct: Collection[FrameProfile | MetadataError],
         make: Callable[[], list[FrameSource]],
     ) -> None:
         self.frame_ids, self.kinds = frame_ids, kinds
+        self.distinct = distinct
         self._make: Callable[[], list[FrameSource]] | None = make
         self._made: list[FrameSource] = []
 
@@ -86,7 +90,9 @@ class FrameSources(Sequence[FrameSource]):
         if isinstance(sources, FrameSources):
             return sources
         made = list(sources)
-        return cls([source.frame_id for source in made], [source.kind for source in made], lambda: made)
+        kinds = [source.kind for source in made]
+        distinct = {id(kind): kind for kind in kinds}.values()
+        return cls([source.frame_id for source in made], kinds, distinct, lambda: made)
 
     def _all(self) -> list[FrameSource]:
         make = self._make

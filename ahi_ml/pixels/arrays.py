@@ -39,9 +39,9 @@ def check_pair(values: AnyArray, out: AnyArray) -> None:
         raise ConfigError(f"Output of shape {out.shape} for pixels of shape {values.shape}")
 
 
-def working_dtype(values: AnyArray, out: AnyArray) -> type[np.float32] | type[np.float64]:
+def working_dtype(values: np.dtype[Any], out: np.dtype[Any]) -> type[np.float32] | type[np.float64]:
     """Return float32 when it holds every value and `out` asks for no more, else float64."""
-    return np.float32 if out.itemsize <= 4 and np.can_cast(values.dtype, np.float32) else np.float64
+    return np.float32 if out.itemsize <= 4 and np.can_cast(values, np.float32) else np.float64
 
 
 def blocks(array: AnyArray) -> Iterator[slice | EllipsisType]:

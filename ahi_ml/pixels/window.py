@@ -76,7 +76,7 @@ class Window:
             _ramp(values, out, self.center - self.width / 2, span)
             return
         check_pair(values, out)  # 1 / (1 + exp(-4 d / w)), written so that nothing overflows
-        np.subtract(values, self.center, out=out, dtype=working_dtype(values, out))
+        np.subtract(values, self.center, out=out, dtype=working_dtype(values.dtype, out.dtype))
         np.multiply(out, 2 / self.width, out=out)
         np.tanh(out, out=out)
         np.multiply(out, 0.5, out=out)
@@ -137,7 +137,7 @@ class Normalize:
 def _ramp(values: AnyArray, out: AnyArray, low: float, span: float) -> None:
     """Write ``clip((values - low) / span, 0, 1)``; without a span, a step just above `low`."""
     check_pair(values, out)
-    np.subtract(values, low, out=out, dtype=working_dtype(values, out))
+    np.subtract(values, low, out=out, dtype=working_dtype(values.dtype, out.dtype))
     if span == 0:
         np.heaviside(out, 0.0, out=out)
     else:

@@ -97,9 +97,10 @@ class Reader:
         """
         batch = Batch(sources, options, outs, self._ended)
         kinds = batch.sources.kinds
-        slots = [slot for slot, kind in enumerate(kinds) if not isinstance(kind, MetadataError)]
-        if len(slots) < len(kinds):
+        slots = list(range(len(kinds)))
+        if any(isinstance(kind, MetadataError) for kind in batch.sources.distinct):
             batch.finish_many((slot, kind) for slot, kind in enumerate(kinds) if isinstance(kind, MetadataError))
+            slots = [slot for slot in slots if not isinstance(kinds[slot], MetadataError)]
         if derived is not None and slots:
             # One stage for all: what a result costs is less than what a stage does.
             self._pool.put(partial(self._from_derived, batch, slots, derived, cache))

@@ -61,12 +61,12 @@ class Batch:
         self._outcomes: list[AnyArray | BaseException | None] = [None] * len(sources)
         self._left = len(sources)
         self._lock = threading.Lock()
-        self._done = threading.Event()
+        self._done = threading.Lock()  # held until all are there: cheaper to wait for than an event
         self.cancelled = self.failed = False
         self.requests: set[Future[bytes]] = set()
         self.results: tuple[ResultTier, Mapping[int, str]] | None = None  # where results are kept, and their keys
-        if not sources:
-            self._done.set()
+        if sources:
+            self._done.acquire()
 
     def form(self, slot: int) -> Form:
         """The form of a frame's result. I/O: none."""
@@ -108,7 +108,7 @@ class Batch:
             if self._left == 0:
                 if self._ended is not None:
                     self._ended(self.stats)
-                self._done.set()
+                self._done.release()
 
     def count(
         self,
@@ -150,8 +150,9 @@ class Batch:
         TimeoutError
             Not all are there yet.
         """
-        if not self._done.wait(timeout_s):
+        if not self._done.acquire(timeout=-1 if timeout_s is None else timeout_s):
             raise TimeoutError(f"{self._left} of {len(self._outcomes)} frames are still under way")
+        self._done.release()
         return self._outcomes  # type: ignore[return-value]
 
     def wait(self, timeout_s: float | None = None) -> list[AnyArray]:

@@ -13,7 +13,7 @@ from ahi_ml.codec import Prepared, crc32, prepare
 from ahi_ml.errors import ChecksumError, ConfigError, DecodeError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.options import ReadOptions
-from ahi_ml.reader.values import convert_values
+from ahi_ml.reader.values import Conversion, conversion
 from ahi_ml.types import AnyArray
 
 __all__ = ["Form", "Made", "make_frame"]
@@ -32,19 +32,23 @@ class Form(NamedTuple):
         Shape and dtype of the stored values it is made of.
     as_stored : bool
         Whether it is those very values.
+    convert : callable
+        Writes it, where it is not.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     decoded: tuple[tuple[int, ...], np.dtype[Any]]
     as_stored: bool
+    convert: Conversion
 
     @classmethod
     def of(cls, kind: FrameProfile, options: ReadOptions) -> Form:
         """The form of frames of a kind. I/O: none."""
         dtype, pixels = options.result_dtype(kind), kind.pixels.reduced(options.reduce)
         as_stored = options.output == "stored" and dtype == pixels.dtype
-        return cls(kind.shape(options.output, options.reduce), dtype, (pixels.shape, pixels.dtype), as_stored)
+        shape, convert = kind.shape(options.output, options.reduce), conversion(kind, options)
+        return cls(shape, dtype, (pixels.shape, pixels.dtype), as_stored, convert)
 
 
 class Made(NamedTuple):
@@ -109,7 +113,7 @@ def make_frame(
         raise _mismatch(source, "decoded pixels", again)
     decoded = perf_counter()
     if not direct:
-        convert_values(stored, profile, options, out)
+        form.convert(stored, out)
     return Made(entry.verified or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
 
 

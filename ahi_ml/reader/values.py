@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from ahi_ml.errors import ConfigError
@@ -10,23 +14,29 @@ from ahi_ml.pixels import Rescale, padding_mask, palette_to_rgb, to_display, ybr
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.types import AnyArray
 
-__all__ = ["convert_values"]
+__all__ = ["Conversion", "conversion"]
+
+Conversion = Callable[[AnyArray, AnyArray], Any]
 
 
-def convert_values(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
-    """Write what the options make of stored values into `out`. I/O: none."""
+def conversion(profile: FrameProfile, options: ReadOptions) -> Conversion:
+    """Choose how stored values of one kind of frames become what the options ask for.
+
+    I/O: none.
+
+    Returns
+    -------
+    callable
+        Takes stored values and the array that the result is written to.
+    """
     if options.output == "stored":
-        _copy_exactly(stored, out)
-        return
-    if profile.colour:
-        rgb = _rgb(stored, profile)
-        if options.output == "display":
-            top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
-            np.divide(rgb, top, out=out, casting="unsafe")
-        else:
-            _copy_exactly(rgb, out)
-    else:
-        _grey(stored, profile, options, out)
+        return _copy_exactly
+    convert = partial(_colour, profile, options) if profile.colour else _grey(profile, options)
+    return partial(_with_steps, convert, options) if options.steps else convert
+
+
+def _with_steps(convert: Conversion, options: ReadOptions, stored: AnyArray, out: AnyArray) -> None:
+    convert(stored, out)
     for step in options.steps:
         step.apply(out)
 
@@ -40,6 +50,15 @@ def _copy_exactly(stored: AnyArray, out: AnyArray) -> None:
     np.copyto(out, stored, casting="unsafe")
 
 
+def _colour(profile: FrameProfile, options: ReadOptions, stored: AnyArray, out: AnyArray) -> None:
+    rgb = _rgb(stored, profile)
+    if options.output == "display":
+        top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
+        np.divide(rgb, top, out=out, casting="unsafe")
+    else:
+        _copy_exactly(rgb, out)
+
+
 def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:
     if profile.palette is not None:
         return palette_to_rgb(stored, *profile.palette)
@@ -48,21 +67,32 @@ def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:
     return stored
 
 
-def _grey(stored: AnyArray, profile: FrameProfile, options: ReadOptions, out: AnyArray) -> None:
-    modality = profile.modality
-    modality.into(stored, out)
+def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
+    dtype, modality = options.result_dtype(profile), profile.modality
+    convert: Conversion = modality.into
+    if isinstance(modality, Rescale) and dtype.kind == "f":  # `into` says what is wrong with another dtype
+        convert = modality.writer(profile.pixels.dtype, dtype)
     if profile.padding is not None and options.padding != "keep":
-        mask = padding_mask(
-            stored,
-            profile.padding[0],
-            profile.padding[1],
-            signed=profile.pixels.signed,
-            bits=profile.pixels.bits_stored,
-        )
-        out[mask] = np.nan if options.padding == "mask" else options.padding
+        convert = partial(_with_padding, convert, profile, options)
     if options.output != "display":
-        return
+        return convert
     window = options.window or profile.voi or (profile.windows[0] if profile.windows else None)
     bits, signed = profile.pixels.bits_stored, profile.pixels.signed
     span = modality.value_range(bits, signed) if isinstance(modality, Rescale) else (0.0, float(2**modality.bits - 1))
-    to_display(out, window, invert=profile.inverted, value_range=span, out=out)
+    show = partial(to_display, window=window, invert=profile.inverted, value_range=span)
+    return partial(_with_display, convert, show)
+
+
+def _with_padding(
+    convert: Conversion, profile: FrameProfile, options: ReadOptions, stored: AnyArray, out: AnyArray
+) -> None:
+    assert profile.padding is not None
+    convert(stored, out)
+    pixels = profile.pixels
+    mask = padding_mask(stored, *profile.padding, signed=pixels.signed, bits=pixels.bits_stored)
+    out[mask] = np.nan if options.padding == "mask" else options.padding
+
+
+def _with_display(convert: Conversion, show: Callable[..., Any], stored: AnyArray, out: AnyArray) -> None:
+    convert(stored, out)
+    show(out, out=out)

@@ -104,7 +104,13 @@ def decode(
     ConfigError
         `reduce` is negative.
     """
-    return prepare(data, syntax, pixels, reduce=reduce, extremes=extremes)(out)
+    prepared = prepare(data, syntax, pixels, reduce=reduce, extremes=extremes)
+    wanted = prepared.wanted
+    if out is not None and (out.shape != wanted.shape or out.dtype != wanted.dtype):
+        raise DecodeError(
+            f"the array to decode into is {out.dtype}{out.shape}, the frame is {wanted.dtype}{wanted.shape}"
+        )
+    return prepared(out)
 
 
 def levels(data: Buffer, syntax: str, pixels: PixelFormat) -> int:

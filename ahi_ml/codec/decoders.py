@@ -53,15 +53,11 @@ def _jpeg2000(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | No
             f"the metadata says {pixels.shape}"
         )
     # The codec checks the size of `out` but not its sign, so only an exact match may decode into it.
-    fits = out is not None and out.flags.c_contiguous and _container(info.precision) == out.itemsize
+    fits = out is not None and out.flags.c_contiguous and jpeg2000.container(info.precision) == out.itemsize
     image = jpeg2000.decode_stream(data, info, out=out if fits and info.signed == pixels.signed else None)
     if info.signed != pixels.signed and pixels.samples == 1:
         return _extend_sign(image, info.precision, pixels)
     return image
-
-
-def _container(precision: int) -> int:
-    return 1 if precision <= 8 else 2 if precision <= 16 else 4
 
 
 def _jpeg(data: Buffer, syntax: str, pixels: PixelFormat, out: AnyArray | None) -> AnyArray:

@@ -71,7 +71,7 @@ class LowPass:
         As for `codec.decode`.
     """
 
-    __slots__ = ("_data", "_fits", "_layout", "_left", "_made", "_shift", "_skipped", "_syntax", "_wanted")
+    __slots__ = ("_data", "_direct", "_fits", "_layout", "_left", "_made", "_shift", "_skipped", "_syntax", "_wanted")
 
     def __init__(
         self,
@@ -86,11 +86,13 @@ class LowPass:
         self._data, self._layout, self._syntax = data, layout, syntax
         self._skipped, self._left = skipped, reduce - skipped
         self._wanted, self._made = pixels.reduced(reduce), pixels.reduced(skipped)
-        self._shift, self._fits = None, False
+        self._shift, fits = None, False
         if extremes is not None and layout.info.high_throughput and layout.info.reversible:
             psot = int.from_bytes(data[layout.body + 6 : layout.body + 10], "big")
             if 0 < psot <= len(data) - layout.body:  # else cut within a tile-part, which OpenJPH refuses
-                self._shift, self._fits = _to_16_bits(layout.info, pixels, extremes, reduce)
+                self._shift, fits = _to_16_bits(layout.info, pixels, extremes, reduce)
+        self._direct = not self._left and self._wanted.dtype.itemsize == 2
+        self._fits = fits and self._direct
 
     def __call__(self, out: AnyArray | None = None) -> AnyArray:
         """Decode, into `out` if given. I/O: none; releases the GIL for HTJ2K.
@@ -105,10 +107,15 @@ class LowPass:
             out = np.empty(wanted.shape, wanted.dtype)
         image = None
         if shift is not None:
-            place = out if not self._left and out.itemsize == 2 and out.flags.c_contiguous else None
-            image = self._in_16_bits(place)
-            if self._fits and image is not None and place is not None:
-                return out
+            place = out if self._direct and out.flags.c_contiguous else None
+            try:
+                image = jpeg2000.decode_htj2k(self._data, self._layout.info, skipped=self._skipped, out=place)
+            except Exception:  # the codec's own, some of them bare: the other way says what is wrong
+                image = None
+            else:
+                if self._fits and place is not None:
+                    return out
+                image = image.view(np.int16)
         info = self._layout.info
         if image is None or shift is None:
             image = self._in_24_bits()
@@ -123,18 +130,11 @@ class LowPass:
             image = image.astype(np.int32)
         return settle(image, wanted, out, shift)
 
-    def _in_16_bits(self, place: AnyArray | None) -> AnyArray | None:
-        """Low-pass values modulo 2**16, in a view of `place` if given; None if OpenJPH cannot say them."""
-        try:
-            return jpeg2000.decode_htj2k(self._data, skipped=self._skipped, out=place).view(np.int16)
-        except Exception:  # the codec's own, some of them bare: the other way says what is wrong
-            return None
-
     def _in_24_bits(self) -> AnyArray:
         """Low-pass values as the stream's own sign and `_HEADROOM_BITS` hold them."""
-        info, data = self._layout.info, self._data
-        depth = _HEADROOM if info.reversible else None
-        return jpeg2000.decode_stream(smaller_stream(data, self._layout, self._skipped, len(data), depth=depth), info)
+        depth = _HEADROOM if self._layout.info.reversible else None
+        stream = smaller_stream(self._data, self._layout, self._skipped, len(self._data), depth=depth)
+        return jpeg2000.decode_stream(stream, jpeg2000.inspect(stream))
 
 
 def low_pass_of(

@@ -94,7 +94,8 @@ class FrameSources(Sequence[FrameSource]):
         distinct = {id(kind): kind for kind in kinds}.values()
         return cls([source.frame_id for source in made], kinds, distinct, lambda: made)
 
-    def _all(self) -> list[FrameSource]:
+    def all(self) -> list[FrameSource]:
+        """All of them. I/O: none."""
         make = self._make
         if make is not None:  # two threads may both make them: they are equal
             self._made, self._make = make(), None
@@ -104,10 +105,10 @@ class FrameSources(Sequence[FrameSource]):
         return len(self.frame_ids)
 
     def __getitem__(self, place):  # type: ignore[no-untyped-def]
-        return self._all()[place]
+        return self.all()[place]
 
     def __iter__(self) -> Iterator[FrameSource]:
-        return iter(self._all())
+        return iter(self.all())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -268,6 +268,7 @@ class Reader:
         try:
             frame_ids = [batch.sources.frame_ids[slot] for slot in slots]
             entries = cache.get_many(self._datastore_id, frame_ids, batch.options.reduce)
+            sources = batch.sources.all()
         except BaseException as error:
             batch.finish_many((slot, error) for slot in slots)
             return []
@@ -281,7 +282,7 @@ class Reader:
                 continue
             try:
                 out = batch.out(slot)
-                one = batch.make(slot, entry, out)
+                one = batch.make(sources[slot], entry, out)
                 batch.keep(slot, out, verified=one.verified)
             except UnsupportedTransferSyntaxError as error:
                 outcomes.append((slot, error))
@@ -352,7 +353,7 @@ class Reader:
         try:
             whole = task.part is None or not task.part.stopped
             out = batch.out(task.slot)
-            made = batch.make(task.slot, CacheEntry(data, False, whole), out, again=task.fetches > 1)
+            made = batch.make(source, CacheEntry(data, False, whole), out, again=task.fetches > 1)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ahi_ml.cache import CacheEntry, Flights, ResultTier
 from ahi_ml.client import Part
-from ahi_ml.index import FrameSource, FrameSources
+from ahi_ml.index import FrameProfile, FrameSource, FrameSources
 from ahi_ml.reader.making import Form, Made, make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
@@ -68,24 +68,23 @@ class Batch:
         if sources:
             self._done.acquire()
 
-    def form(self, slot: int) -> Form:
-        """The form of a frame's result. I/O: none."""
-        kind = self.sources.kinds[slot]
+    def form(self, kind: FrameProfile) -> Form:
+        """The form of the results of frames of a kind. I/O: none."""
         form = self._forms.get(id(kind))
         if form is None:
-            form = self._forms[id(kind)] = Form.of(self.sources[slot].profile, self.options)
+            form = self._forms[id(kind)] = Form.of(kind, self.options)
         return form
 
     def out(self, slot: int) -> AnyArray:
         """The array that a frame is read into. I/O: none."""
         if self.outs is not None:
             return self.outs[slot]
-        form = self.form(slot)
+        form = self.form(self.sources[slot].profile)
         return np.empty(form.shape, form.dtype)
 
-    def make(self, slot: int, entry: CacheEntry, out: AnyArray, *, again: bool = False) -> Made:
+    def make(self, source: FrameSource, entry: CacheEntry, out: AnyArray, *, again: bool = False) -> Made:
         """Make a frame of encoded bytes; see `make_frame`. Called by the reader. I/O: none."""
-        return make_frame(self.sources[slot], self.options, entry, out, self.form(slot), again=again)
+        return make_frame(source, self.options, entry, out, self.form(source.profile), again=again)
 
     def keep(self, slot: int, array: AnyArray, *, verified: bool) -> None:
         """Store a frame's result where results are kept. Called by the reader. I/O: one file, if they are."""

@@ -294,6 +294,45 @@ class TestOut:
         assert not volume[::2].any()
         assert not wide[:, 1::2].any()
 
+    @pytest.mark.parametrize("tile", [None, (32, 48)])
+    @pytest.mark.parametrize("shape", [(70, 66), (1, 130), (65, 66, 3)])
+    def test_nothing_of_what_it_held_is_left(self, shape: tuple[int, ...], tile: tuple[int, int] | None) -> None:
+        """Buffers are used again: a sample that is not written would be another patient's."""
+        image = noise("i2" if len(shape) == 2 else "u1", shape)
+        whole = imagecodecs.htj2k_encode(image, reversible=True, tile=tile, planar=False if len(shape) == 3 else None)
+        body = whole.index(b"\xff\x93")
+        random = np.random.default_rng(len(whole))
+        streams = [whole, *(whole[:at] for at in random.integers(body + 20, len(whole), 20))]
+        for _ in range(30):
+            damaged = bytearray(whole)
+            damaged[random.integers(body + 2, len(whole) - 2)] ^= int(random.integers(1, 256))
+            streams.append(bytes(damaged))
+        compared = ended = 0
+        for data in streams:
+            outs = [np.full_like(image, held) for held in (0, 0x55)]
+            try:
+                for out in outs:
+                    assert jpeg2000.decode_htj2k(data, jpeg2000.inspect(whole), out=out) is out
+            except DecodeError:
+                ended += 1
+                continue
+            except (RuntimeError, ValueError):
+                continue
+            assert np.array_equal(*outs)
+            compared += 1
+        assert compared > 10
+        assert ended > 0  # where imagecodecs returns an image, and what was there before in its lower part
+        assert np.array_equal(codec.decode(whole, HTJ2K_LOSSLESS_RPCL, format_of(image), out=outs[1]), image)
+
+    @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "i4"])
+    def test_any_last_sample_is_possible(self, dtype: str) -> None:
+        for last in (0, *jpeg2000._MARKS[np.dtype(dtype).itemsize]):
+            image = noise(dtype, (20, 30))
+            image[-1, -1] = last
+            out = np.full_like(image, last)
+            data = jpeg2000.encode_htj2k(image)
+            assert np.array_equal(jpeg2000.decode_htj2k(data, jpeg2000.inspect(data), out=out), image)
+
     @pytest.mark.parametrize("wrong", [((20, 30), "u2"), ((20, 30), "i4"), ((30, 20), "i2"), ((1, 20, 30), "i2")])
     def test_of_another_kind_is_refused(self, wrong: tuple[tuple[int, ...], str]) -> None:
         image = noise("i2", (20, 30))

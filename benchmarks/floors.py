@@ -140,7 +140,13 @@ def _cpu_ms(work: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
 
 
 def decode_all(
-    bodies: Sequence[bytes], batch: Any, intercept: float | None, threads: int, *, verify: bool = False
+    bodies: Sequence[bytes],
+    batch: Any,
+    intercept: float | None,
+    threads: int,
+    *,
+    verify: bool = False,
+    skipped: int = 0,
 ) -> float:
     """Decode all frames on some threads into the rows of a batch in memory; return the seconds.
 
@@ -156,6 +162,8 @@ def decode_all(
         How many.
     verify : bool
         Also compute the CRC of the stored values.
+    skipped : int
+        Resolution levels to leave out; the batch is as much smaller.
     """
     turn = count()
     scratch = threading.local()
@@ -164,7 +172,8 @@ def decode_all(
         buffer = scratch.__dict__.setdefault("buffer", np.empty(batch.shape[1:], np.int16))
         while (number := next(turn)) < len(bodies):
             row = batch[number % len(batch)]
-            stored = imagecodecs.htj2k_decode(bodies[number], out=row if intercept is None else buffer)
+            place = row if intercept is None else buffer
+            stored = imagecodecs.htj2k_decode(bodies[number], skipres=skipped, out=place)
             if verify:
                 imagecodecs.deflate_crc32(stored)
             if intercept is not None:

@@ -2,7 +2,7 @@
 
 The baseline decodes the same frames from memory with OpenJPH on as many threads, straight into a
 batch used over and over, and does nothing else; for float32 it converts as well. Epochs at lower
-resolutions are compared with the full one.
+resolutions are compared with the full one, and with decoding alone at that resolution.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ def run(size: str = "small", rounds: int | None = None) -> dict[str, Any]:
             for name in _OUTPUTS
             for level, budget in _AT_LEAST.items()
         ),
+        *(
+            Ratio(f"stored: reduce={level} / decode, reduce={level}", _over(speeds, "stored", each, _at(level)))
+            for level, each in ((level, f"decode, reduce={level}") for level in _AT_LEAST)
+        ),
         Ratio("float32, CPU: decode and convert / FrameLoader", 1 / _over(cpu, "float32", "decode and convert")),
         Ratio("stored, CPU: decode / FrameLoader", 1 / _over(cpu, "stored", "decode")),
     ]
@@ -103,7 +107,10 @@ def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[
         sources = index.sources()
         for loader in loaders.values():  # the first fills the cache; all make their buffers
             _epoch(loader)
-        bodies = [bytes(_entry(cache, store, source.frame_id)) for source in sources] * asked.repeat
+        bodies, half, quarter = (
+            [bytes(_entry(cache, store, source.frame_id, level)) for source in sources] * asked.repeat
+            for level in (0, *_AT_LEAST)
+        )
         shape = sources[0].profile.pixels.shape
         floating = np.zeros((asked.batch_size, *shape), np.float32)
         stored = np.zeros((asked.batch_size, *shape), np.int16)
@@ -113,6 +120,12 @@ def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[
             "float32: decode and convert": partial(floors.decode_all, bodies, floating, intercept, threads),
             "stored: decode": partial(floors.decode_all, bodies, stored, None, threads),
             "stored: decode and CRC": partial(floors.decode_all, bodies, stored, None, threads, verify=True),
+            **{
+                f"stored: decode, reduce={level}": partial(
+                    floors.decode_all, parts, _smaller(stored, level), None, threads, skipped=level
+                )
+                for level, parts in zip(_AT_LEAST, (half, quarter), strict=True)
+            },
         }
         outcomes = take_turns({name: partial(_with_cpu, work) for name, work in works.items()}, asked.rounds)
         if store.reader.stats()["fetched"] > len(sources):
@@ -120,8 +133,13 @@ def _take_turns(prepared: Prepared, asked: _Size) -> tuple[dict[str, list[tuple[
     return outcomes, threads
 
 
-def _entry(cache: FrameCache, store: ahi_ml.DataStore, frame_id: str) -> memoryview:
-    entry = cache.get(store.datastore_id, frame_id)
+def _smaller(batch: Any, level: int) -> Any:
+    rows, columns = (-(-side >> level) for side in batch.shape[1:])
+    return np.zeros((len(batch), rows, columns), batch.dtype)
+
+
+def _entry(cache: FrameCache, store: ahi_ml.DataStore, frame_id: str, reduce: int) -> memoryview:
+    entry = cache.get(store.datastore_id, frame_id, reduce)
     if entry is None:
         raise RuntimeError(f"frame {frame_id} is not in the cache after an epoch")
     return entry.data

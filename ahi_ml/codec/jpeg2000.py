@@ -211,12 +211,14 @@ def decode_stream(data: Buffer, info: StreamInfo, *, out: AnyArray | None = None
     Raises
     ------
     DecodeError
-        Neither decoder accepts the stream.
+        Neither decoder accepts the stream, or it is damaged: OpenJPEG might show that all the same.
     """
     try:
         if info.high_throughput:
             return decode_htj2k(data, info, out=out)
         return imagecodecs.jpeg2k_decode(data, out=out)  # type: ignore[no-any-return]
+    except DecodeError:
+        raise
     except Exception as first:
         return _second_opinion(data, first)
 
@@ -256,7 +258,7 @@ def decode_htj2k(data: Buffer, info: StreamInfo, *, skipped: int = 0, out: AnyAr
         imagecodecs.htj2k_decode(data, planar=False, skipres=skipped, out=place)
         if out[last] != mark:  # nearly always; else the sample may have this very value
             return out
-    raise DecodeError(f"an HTJ2K stream of {len(data)} bytes is damaged: OpenJPH did not decode it to its end")
+    raise DecodeError(f"a damaged HTJ2K stream of {len(data)} bytes: OpenJPH did not decode it to its end")
 
 
 def container(precision: int) -> int:

@@ -13,6 +13,7 @@ from pydicom.data import get_testdata_file
 from torch.utils.data import DataLoader
 
 import ahi_ml
+from ahi_ml.codec import Prepared
 from ahi_ml.datasets import FrameDataset, FrameLoader, LoadingStats
 from ahi_ml.errors import DataError
 from ahi_ml.index import DatasetIndex
@@ -153,15 +154,13 @@ class TestShares:
         assert "Your transform bounds it" in stats.advice
 
     def test_decoding(self, store: DataStore, index: DatasetIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ahi_ml.reader import making
+        decode = Prepared.__call__
 
-        decode = making.decode
-
-        def slow(*arguments: Any, **options: Any) -> Any:
+        def slow(self: Prepared, out: Any = None) -> Any:
             time.sleep(0.03)
-            return decode(*arguments, **options)
+            return decode(self, out)
 
-        monkeypatch.setattr(making, "decode", slow)
+        monkeypatch.setattr(Prepared, "__call__", slow)
         loader = FrameLoader(FrameDataset(store, index), 5, sampler=EPOCH)
         run(loader)
         assert "Decoding bounds it" in loader.stats().advice

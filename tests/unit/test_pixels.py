@@ -141,6 +141,7 @@ def test_rescale_of_real_files(name: str) -> None:
 def test_rescale_and_tables_take_any_shape(shape: tuple[int, ...]) -> None:
     stored = np.random.default_rng(1).integers(-9, 600, shape).astype(np.int16)
     np.testing.assert_array_equal(rescaled(Rescale(0.5, 3), stored), stored * 0.5 + 3)
+    np.testing.assert_array_equal(rescaled(Rescale(1, -1024.5), stored), stored - 1024.5)
     table = STEPS[1]
     expected = np.clip(stored.astype(int) + 3, 0, 599)
     np.testing.assert_array_equal(table.apply(stored), expected)

@@ -97,7 +97,7 @@ class MappedEntries(Generic[Entry]):
     """The mapped entries of a folder, bounded. Threads share it.
 
     The space of a deleted file is free only when it is not mapped any more. So whoever deletes says so here, and an
-    entry is let go whenever its file is looked at again.
+    entry is let go whenever its file is read again, or is found to be gone.
 
     Attributes
     ----------

@@ -44,6 +44,24 @@ def test_stored_values_are_the_codecs(store: ahi_ml.DataStore, level: int) -> No
         np.testing.assert_array_equal(image[0] if expected.ndim == 2 else np.moveaxis(image, 0, -1), expected)
 
 
+@pytest.mark.parametrize("output", ["stored", "modality"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_frames_that_are_read_again_stay_the_same(
+    tmp_path: Path, store: ahi_ml.DataStore, level: int, output: Any
+) -> None:
+    """From the third time on they are mapped, and how to decode them is not worked out again."""
+    index = store.search(primary=None).index()
+    rows = range(len(index))
+    fresh = ahi_ml.FrameDataset(store, index, output=output, reduce=level, cache=None).__getitems__(rows)
+    cache = ahi_ml.cache.FrameCache(tmp_path / "cache")
+    cached = ahi_ml.FrameDataset(store, index, output=output, reduce=level, cache=cache)
+    for _ in range(5):
+        for item, expected in zip(cached.__getitems__(rows), fresh, strict=True):
+            assert torch.equal(item["image"], expected["image"])
+    entries = cache.get_many(store.datastore_id, list(index.frames["frame_id"]), level)
+    assert all(entry is not None and entry.notes and "prepared" in entry.notes for entry in entries)
+
+
 @pytest.mark.parametrize("output", ["modality", "display"])
 def test_conversions_apply_at_lower_resolution(store: ahi_ml.DataStore, output: Any) -> None:
     index = store.search(primary=None).index()

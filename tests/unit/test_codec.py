@@ -294,6 +294,7 @@ class TestOut:
         assert not volume[::2].any()
         assert not wide[:, 1::2].any()
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # OpenJPH's own
     @pytest.mark.parametrize("tile", [None, (32, 48)])
     @pytest.mark.parametrize("shape", [(70, 66), (1, 130), (65, 66, 3)])
     def test_nothing_of_what_it_held_is_left(self, shape: tuple[int, ...], tile: tuple[int, int] | None) -> None:

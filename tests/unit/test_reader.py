@@ -24,7 +24,7 @@ from pydicom.pixels import (
 )
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, pack_bits
+from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, jpeg2000, pack_bits
 from ahi_ml.errors import (
     ChecksumError,
     ConfigError,
@@ -766,3 +766,23 @@ def test_values_that_a_dtype_cannot_hold_are_an_error() -> None:
         _copy_exactly(np.full((2, 2), 40_000, np.uint16), out)
     with pytest.raises(ConfigError, match="floating"):
         ReadOptions(output="display", dtype="uint8")
+
+
+@pytest.mark.parametrize("reduce", [0, 1])
+def test_other_metadata_of_a_frame_that_was_read_before(reader_of: Any, cache: FrameCache, reduce: int) -> None:
+    """What was worked out for a frame that is kept in memory is not used for another sign, depth or range of it."""
+    image = np.random.default_rng(3).integers(-90, 2000, (64, 64)).astype(np.int16)
+    data = jpeg2000.encode_htj2k(image)
+    reader = reader_of({"a" * 32: data})
+    kinds = [{"BitsStored": 16}, {"BitsStored": 12}, {"PixelRepresentation": 0}]
+    sources = [
+        source_of("a" * 32, image, checksum=False, StoredTransferSyntaxUID=HTJ2K_LOSSLESS_RPCL, **kind)
+        for kind in kinds
+    ]
+    sources.append(sources[0]._replace(minimum=-90, maximum=2000))
+    options = ReadOptions(output="stored", reduce=reduce)
+    for source in sources * 4:
+        expected = decode(data, HTJ2K_LOSSLESS_RPCL, source.profile.pixels, reduce=reduce, extremes=source.extremes)
+        (found,) = reader.read([source], options, cache=cache)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)

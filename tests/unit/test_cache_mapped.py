@@ -204,6 +204,14 @@ class TestFrames:
             reads.append(number)
         assert 20 < np.mean(reads) < 150, "one read in 64"
 
+    def test_what_another_process_deletes_is_let_go_of_by_sampling(self, cache: FrameCache) -> None:
+        put(cache)
+        read(cache, times=3)
+        (path,) = (path for path in cache.folder.rglob("*") if path.is_file())
+        path.unlink()
+        assert any(cache.get(STORE, FRAMES[0]) is None for _ in range(3000))
+        assert not cache._folder.state().mapped._places
+
     @pytest.mark.parametrize("how", ["deleted", "replaced"])
     def test_what_goes_while_it_is_mapped_is_not_kept(
         self, cache: FrameCache, monkeypatch: pytest.MonkeyPatch, how: str

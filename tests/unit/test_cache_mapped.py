@@ -204,7 +204,10 @@ class TestFrames:
             reads.append(number)
         assert 20 < np.mean(reads) < 150, "one read in 64"
 
-    def test_what_another_process_deletes_is_let_go_of_by_sampling(self, cache: FrameCache) -> None:
+    def test_what_another_process_deletes_is_let_go_of_by_sampling(
+        self, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ahi_ml.cache.frames.SAMPLE_BITS", 6)
         put(cache)
         read(cache, times=3)
         (path,) = (path for path in cache.folder.rglob("*") if path.is_file())

@@ -149,7 +149,7 @@ class Batch:
         TimeoutError
             Not all are there yet.
         """
-        if not self._done.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        if not self._done.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
             raise TimeoutError(f"{self._left} of {len(self._outcomes)} frames are still under way")
         self._done.release()
         return self._outcomes  # type: ignore[return-value]

@@ -14,6 +14,7 @@ import numpy as np
 from ahi_ml.cache.entries import DERIVED_START, checked_derived, derived_beginning, derived_header
 from ahi_ml.cache.folder import CacheFolder
 from ahi_ml.cache.marks import BYTE, SAMPLE_BITS, Marks
+from ahi_ml.cache.pages import Shelf, map_file
 from ahi_ml.cache.recipe import DECODER_EPOCH
 from ahi_ml.codec import crc32
 from ahi_ml.perprocess import PerProcess
@@ -47,12 +48,14 @@ class _Mapped(NamedTuple):
     verified: bool
     checksum: int
     mark: int  # where its mark is, see `Marks`
+    shelf: Shelf | None  # where it lies beside others,
+    row: int  # and which it is there
 
 
 class ResultTier(Protocol):
     """Where results of one recipe are kept; see `DerivedTier`."""
 
-    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
+    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray] | AnyArray) -> list[bool | None]:
         """Read results into rows of a batch; None for those that are not there."""
         ...
 
@@ -107,10 +110,11 @@ class DerivedTier:
         """Read one result; see `read_many`."""
         return self.read_many((key,), (out,))[0]
 
-    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
+    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray] | AnyArray) -> list[bool | None]:
         """Read results into rows of a batch.
 
-        I/O: one file each that the process does not have mapped (see `cache.mapped`). Releases the GIL while it copies.
+        I/O: one file each that the process does not have mapped (see `cache.mapped`). Releases the GIL while it copies:
+        once for all that are mapped when `outs` is one array.
 
         Parameters
         ----------
@@ -131,8 +135,10 @@ class DerivedTier:
         CacheError
             Others can look into the folder.
         ValueError
-            A row is not contiguous, or cannot be written.
+            A row is not contiguous, or cannot be written, or there is not one for each key.
         """
+        if len(keys) != len(outs):
+            raise ValueError(f"{len(outs)} arrays for {len(keys)} results")
         folder = self._folder
         state = folder.state()
         if not state.private:
@@ -141,24 +147,27 @@ class DerivedTier:
             except OSError:  # not there, or no folder: nothing is in it, and the first write says why
                 folder.count(derived_misses=len(keys))
                 return [None] * len(keys)
-        # Two passes: copying pixels empties the processor's cache, so what runs between two copies is kept short.
+        # Copying pixels empties the processor's cache, and waits for the GIL in the end: as much as can be is copied at
+        # once, and what runs between two copies is kept short.
         mapped, token = state.mapped.get, self._token
         all_kept: list[_Mapped | None] = [mapped((token, key)) for key in keys]
         marks = self._marks.get()
         touched, sample = marks.lately(), marks.random.getrandbits
-        fit = self._fit
+        all_kept = [
+            kept if kept is not None and touched[kept.mark >> 3 & BYTE] >> (kept.mark & 7) & 1 else None
+            for kept in all_kept
+        ]
+        shelf = _take(all_kept, outs)
         found: list[bool | None] = []
         total = 0
-        for key, kept, out in zip(keys, all_kept, outs, strict=True):
-            if out.dtype is not fit.dtype or out.shape != fit.shape:
-                fit = self._fit = _Fit.of(out)
+        for slot, (key, kept) in enumerate(zip(keys, all_kept, strict=True)):
             verdict: bool | None = None
-            if kept is not None and touched[kept.mark >> 3 & BYTE] >> (kept.mark & 7) & 1:
-                verdict = _copy(kept, out, check=not sample(SAMPLE_BITS))
+            if kept is not None and ((shelf is not None and kept.shelf is shelf) or _copy(kept, outs[slot])):
+                verdict = kept.verified if sample(SAMPLE_BITS) or crc32(outs[slot]) == kept.checksum else None
             if verdict is None:
-                verdict = self._read(key, out, fit, doubted=kept is not None)
+                verdict = self._read(key, outs[slot], doubted=kept is not None)
             if verdict is not None:
-                total += out.nbytes
+                total += outs[slot].nbytes if kept is None else kept.pixels.nbytes
             found.append(verdict)
         misses = found.count(None)
         with state.lock:
@@ -167,27 +176,38 @@ class DerivedTier:
             state.stats.bytes += total
         return found
 
-    def _read(self, key: str, out: AnyArray, fit: _Fit, *, doubted: bool) -> bool | None:
+    def _read(self, key: str, out: AnyArray, *, doubted: bool) -> bool | None:
         """Read one entry from its file, quickly unless it is doubted, and map it if it was read before."""
+        fit = self._fit
+        if out.dtype is not fit.dtype or out.shape != fit.shape:
+            fit = self._fit = _Fit.of(out)
         name, marks = self._name(key), self._marks.get()
         path, mark = self._folder.place(name), hash(name)
         verdict: bool | None = None
         if _preadv is not None and not doubted and marks.touched[mark >> 3 & BYTE] >> (mark & 7) & 1:
             check = not marks.random.getrandbits(SAMPLE_BITS)
             kept = self._map(key, path, mark, fit)
-            verdict = self._read_quickly(path, out, fit, check) if kept is None else _copy(kept, out, check=check)
+            if kept is None:
+                verdict = self._read_quickly(path, out, fit, check)
+            elif _copy(kept, out) and not (check and crc32(out) != kept.checksum):
+                verdict = kept.verified
         return self._read_checked(path, mark, out, fit) if verdict is None else verdict
 
     def _map(self, key: str, path: str, mark: int, fit: _Fit) -> _Mapped | None:
-        def parse(raw: AnyArray) -> _Mapped | None:
+        def make(descriptor: int, size: int) -> _Mapped | None:
+            if size != fit.size:
+                return None
+            shelf = self._folder.state().mapped.shelf(fit.dtype, fit.shape, DERIVED_START)
+            put = shelf.put(descriptor) if shelf is not None else None
+            raw, row = put or (map_file(descriptor, size), 0)
             head = raw[:DERIVED_START].tobytes()
             checksum = checked_derived(head)
-            if raw.size != fit.size or checksum is None or not head.startswith((fit.verified, fit.unverified)):
+            if checksum is None or not head.startswith((fit.verified, fit.unverified)):
                 return None
             pixels = raw[DERIVED_START:].view(fit.dtype).reshape(fit.shape)
-            return _Mapped(pixels, head.startswith(fit.verified), checksum, mark)
+            return _Mapped(pixels, head.startswith(fit.verified), checksum, mark, shelf if put else None, row)
 
-        return self._folder.map((self._token, key), path, parse)
+        return self._folder.map((self._token, key), path, make)
 
     def _read_quickly(self, path: str, out: AnyArray, fit: _Fit, check: bool) -> bool | None:
         """Read one entry by one call; None when anything about it does not look right."""
@@ -275,14 +295,33 @@ class DerivedTier:
         self._folder.drop(self._folder.place(self._name(key)))
 
 
-def _copy(kept: _Mapped, out: AnyArray, *, check: bool) -> bool | None:
-    """Copy a mapped result; None when it is of another kind, or not what it was."""
-    if kept.pixels.shape != out.shape or kept.pixels.dtype is not out.dtype:
+def _take(all_kept: Sequence[_Mapped | None], outs: Sequence[AnyArray] | AnyArray) -> Shelf | None:
+    """Copy those mapped results by one call that lie on one shelf, which is returned; None when few do.
+
+    What the rows of the others are left with is no matter: they are read one by one then.
+    """
+    if not isinstance(outs, np.ndarray):
         return None
+    shelf = next((kept.shelf for kept in all_kept if kept is not None), None)
+    if shelf is None or not shelf.fits(outs):
+        return None
+    rows = [kept.row for kept in all_kept if kept is not None and kept.shelf is shelf]
+    if len(rows) < len(outs):
+        if 2 * len(rows) < len(outs):
+            return None
+        rows = [kept.row if kept is not None and kept.shelf is shelf else rows[0] for kept in all_kept]
+    shelf.take(rows, outs)
+    return shelf
+
+
+def _copy(kept: _Mapped, out: AnyArray) -> bool:
+    """Copy one mapped result, if it is of this kind."""
+    if kept.pixels.shape != out.shape or kept.pixels.dtype is not out.dtype:
+        return False
     if not out.flags.c_contiguous:
         raise ValueError("results are read into C-contiguous arrays only")
     np.copyto(out, kept.pixels)
-    return kept.verified if not check or crc32(out) == kept.checksum else None
+    return True
 
 
 def _fill(file: FileIO, buffer: memoryview) -> bool:

@@ -26,12 +26,12 @@ from typing import Any, TypeVar
 
 from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
-from ahi_ml.cache.mapped import MappedEntries, map_file, may_map
+from ahi_ml.cache.mapped import MappedEntries, may_map
 from ahi_ml.cache.marks import Marks
 from ahi_ml.codec import crc32
 from ahi_ml.errors import CacheError, ConfigError
 from ahi_ml.perprocess import PerProcess
-from ahi_ml.types import AnyArray, Buffer
+from ahi_ml.types import Buffer
 
 __all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
 
@@ -257,7 +257,7 @@ class CacheFolder:
             state.marks.note(hash((name, reduce)))
         return header, data
 
-    def map(self, key: Hashable, path: str, parse: Callable[[AnyArray], Entry | None]) -> Entry | None:
+    def map(self, key: Hashable, path: str, make: Callable[[int, int], Entry | None]) -> Entry | None:
         """Map an entry into this process's memory, where `FolderState.mapped` has it from then on.
 
         I/O: opens one file, unless entries cannot be mapped here or there is no room.
@@ -268,8 +268,9 @@ class CacheFolder:
             To find it by.
         path : str
             Of an entry that this process has checked.
-        parse : callable
-            Makes what is kept of the file's bytes; None when they are not what was expected.
+        make : callable
+            Maps an open file of some bytes (see `cache.pages`), and makes of them what is kept; None when they are
+            not what was expected.
         """
         state = self._state.get()
         most = int((state.most_bytes or self.max_bytes or _MOST_BYTES) * _MAPPED)
@@ -281,7 +282,7 @@ class CacheFolder:
             descriptor = os.open(path, _READ)
             try:
                 status = os.fstat(descriptor)
-                entry = parse(map_file(descriptor, status.st_size))
+                entry = make(descriptor, status.st_size)
             finally:
                 os.close(descriptor)
             if entry is not None:

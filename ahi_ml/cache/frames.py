@@ -17,13 +17,14 @@ from ahi_ml.cache.flight import Flights
 from ahi_ml.cache.folder import CacheFolder
 from ahi_ml.cache.locks import Claims
 from ahi_ml.cache.marks import BYTE, SAMPLE_BITS
+from ahi_ml.cache.pages import map_file
 from ahi_ml.cache.remote import RemoteTier
 from ahi_ml.cache.sealed import Cipher, SealedTier
 from ahi_ml.codec import crc32
 from ahi_ml.config import cache_places
 from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
-from ahi_ml.types import AnyArray, Buffer, PathType
+from ahi_ml.types import Buffer, PathType
 
 __all__ = ["FrameCache"]
 
@@ -202,14 +203,15 @@ class FrameCache:
     def _map(self, key: tuple[str, str], name: str, reduce: int) -> CacheEntry | None:
         """A frame that was read before, from memory from now on; None where that cannot or should not be."""
 
-        def parse(raw: AnyArray) -> _Mapped | None:
+        def make(descriptor: int, size: int) -> _Mapped | None:
+            raw = map_file(descriptor, size)
             header = EncodedHeader.parse(raw[:ENCODED_START].tobytes())
             if header is None or header.sealed or raw.size != ENCODED_START + header.length:
                 return None
             return _Mapped(header, raw.data[ENCODED_START:], {})
 
         kept: _Mapped | None = self._folder.state().mapped.get(key)
-        kept = kept or self._folder.map(key, self._folder.place(name), parse)
+        kept = kept or self._folder.map(key, self._folder.place(name), make)
         part = kept.header.part(reduce) if kept is not None else None
         entry = self._entry(kept.header, kept.data[: part[0]]) if kept is not None and part is not None else None
         if kept is not None and entry is not None:

@@ -7,73 +7,26 @@ outlive it, and nothing shortens an entry in its place. Elsewhere, and on other 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
 from collections.abc import Hashable
-from functools import lru_cache
 from random import Random
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ahi_ml.types import AnyArray
+from ahi_ml.cache.pages import Shelf
 
-__all__ = ["MappedEntries", "map_file", "may_map"]
+__all__ = ["MappedEntries", "may_map"]
 
 _LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 _MOST = 16_384  # entries: Linux lets a process have 65,530 mappings
 _TAKE_PLACE = 1 / 32  # of those that find no room: data that does not fit must not be mapped anew all the time
-_PROT_READ, _MAP_SHARED, _MAP_FAILED = 1, 1, ctypes.c_void_p(-1).value
+_SHELVES = 16  # forms of entries; those of others lie by themselves
 
 Entry = TypeVar("Entry")
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    # Python's own mmap keeps a descriptor open for each mapping, and a process may often have 1,024 of those.
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc
-
-
-class _Pages:
-    """The pages of a file, until the last array over them is gone."""
-
-    __slots__ = ("_address", "_size", "_unmap")
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        libc = _libc()
-        self._unmap, self._size, self._address = libc.munmap, size, None
-        address = libc.mmap(None, size, _PROT_READ, _MAP_SHARED, descriptor, 0)
-        if address in (None, _MAP_FAILED):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        self._address = address
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {"version": 3, "shape": (self._size,), "typestr": "|u1", "data": (self._address, True)}
-
-    def __del__(self) -> None:
-        if self._address is not None:
-            self._unmap(self._address, self._size)
-
-
-def map_file(descriptor: int, size: int) -> AnyArray:
-    """Return a file's bytes as a read-only array, good after the file is closed and deleted.
-
-    I/O: one call; bytes are read when they are looked at.
-
-    Raises
-    ------
-    OSError
-        The system refuses.
-    """
-    return np.asarray(_Pages(descriptor, size))
 
 
 def may_map(folder: str) -> bool:
@@ -109,6 +62,7 @@ class MappedEntries(Generic[Entry]):
         self._entries: dict[Hashable, Entry] = {}
         self._places: dict[str, tuple[Hashable, int]] = {}  # by path, the oldest first: key and bytes
         self._bytes = 0
+        self._shelves: WeakValueDictionary[Hashable, Shelf] = WeakValueDictionary()  # their entries keep them
         self._lock = threading.Lock()
         self._random = Random()
         self.get = self._entries.get
@@ -116,6 +70,18 @@ class MappedEntries(Generic[Entry]):
     def room(self, most_bytes: int) -> bool:
         """Whether one more should be mapped: there is room, or it is its turn to take the place of others."""
         return (len(self._places) < _MOST and self._bytes < most_bytes) or self._random.random() < _TAKE_PLACE
+
+    def shelf(self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> Shelf | None:
+        """Where entries are mapped that hold arrays of a form; None where they cannot lie side by side. I/O: none."""
+        form = dtype.str, shape, start
+        with self._lock:
+            shelf = self._shelves.get(form)
+            if shelf is None and len(self._shelves) < _SHELVES:
+                try:
+                    shelf = self._shelves[form] = Shelf(dtype, shape, start)
+                except (OSError, ValueError):
+                    return None
+            return shelf
 
     def add(self, key: Hashable, path: str, entry: Entry, size: int, most_bytes: int) -> None:
         """Keep an entry of some bytes; the oldest go when there is no room."""

@@ -87,7 +87,7 @@ class SealedTier:
     def _name(self, key: str) -> str:
         return hashlib.blake2b(f"{self._key}{key}".encode(), digest_size=16).hexdigest()
 
-    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray]) -> list[bool | None]:
+    def read_many(self, keys: Sequence[str], outs: Sequence[AnyArray] | AnyArray) -> list[bool | None]:
         """Read results into arrays; see `DerivedTier.read_many`. I/O: one file each."""
         found = [self._read(key, out) for key, out in zip(keys, outs, strict=True)]
         misses = found.count(None)

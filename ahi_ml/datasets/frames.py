@@ -251,10 +251,9 @@ class FrameDataset(Dataset[Item]):
         numbers = np.where(numbers < 0, numbers + len(self), numbers)
         sources = self.index.sources(numbers)
         images = self._allocate(sources, allocate)
-        if isinstance(images, np.ndarray):
-            outs = list(channels_last(images))
-        else:
-            outs = [channels_last(image) for image in images]
+        outs: AnyArray | list[AnyArray] = (
+            channels_last(images) if isinstance(images, np.ndarray) else [channels_last(image) for image in images]
+        )
         reader = self.store.reader
         if not self._meters.counts_requests:  # what others have asked for before is not this dataset's
             self._meters.add_requests(reader.requests())

@@ -68,7 +68,7 @@ class Reader:
         sources: Sequence[FrameSource],
         options: ReadOptions,
         *,
-        outs: Sequence[AnyArray] | None = None,
+        outs: Sequence[AnyArray] | AnyArray | None = None,
         cache: FrameCache | None = None,
         derived: ResultTier | None = None,
     ) -> Batch:
@@ -83,8 +83,9 @@ class Reader:
             What to read.
         options : ReadOptions
             What to make of it.
-        outs : sequence of ndarray, optional
-            One array a frame, ``profile.shape(output, reduce)`` and the result's dtype, to write into.
+        outs : sequence of ndarray, or one ndarray whose rows they are, optional
+            One array a frame, ``profile.shape(output, reduce)`` and the result's dtype, to write into. Results are
+            copied faster into rows of one C-contiguous array.
         cache : FrameCache, optional
             Looked into first and filled.
         derived : ResultTier, optional
@@ -231,13 +232,18 @@ class Reader:
     def _read_derived(self, batch: Batch, keys: dict[int, str], derived: ResultTier) -> dict[int, str]:
         """Read results, by slots; return those that there are none of."""
         started = perf_counter()
-        outs = {slot: batch.out(slot) for slot in keys}
-        rows = [out if out.flags.c_contiguous else np.empty(out.shape, out.dtype) for out in outs.values()]
+        outs = [batch.out(slot) for slot in keys]
+        rows: Sequence[AnyArray] | AnyArray = outs
+        if isinstance(batch.outs, np.ndarray) and len(batch.outs) == len(keys) and batch.outs.flags.c_contiguous:
+            rows = batch.outs
+        apart = not all(out.flags.c_contiguous for out in outs)
+        if apart:
+            rows = [np.empty(out.shape, out.dtype) for out in outs]
         found = derived.read_many(list(keys.values()), rows)
         hits: list[tuple[int, AnyArray]] = []
-        for (slot, out), row, verdict in zip(outs.items(), rows, found, strict=True):
+        for slot, out, row, verdict in zip(keys, outs, rows, found, strict=True):
             if verdict is not None:
-                if row is not out:
+                if apart:
                     np.copyto(out, row)
                 hits.append((slot, out))
         batch.count(

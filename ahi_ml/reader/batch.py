@@ -30,9 +30,8 @@ class Batch:
         What to read.
     options : ReadOptions
         What to make of it.
-    outs : sequence of ndarray, optional
+    outs : sequence of ndarray, or one ndarray whose rows they are, optional
         Where to; allocated as frames come, without.
-
     ended : callable, optional
         Called with the batch's counts when all are there, by whichever thread brings the last one.
 
@@ -50,7 +49,7 @@ class Batch:
         self,
         sources: Sequence[FrameSource],
         options: ReadOptions,
-        outs: Sequence[AnyArray] | None = None,
+        outs: Sequence[AnyArray] | AnyArray | None = None,
         ended: Callable[[ReaderStats], None] | None = None,
     ) -> None:
         self.sources, self.options, self.outs = FrameSources.of(sources), options, outs

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
 import os
 import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ahi_ml.cache import DerivedTier, FrameCache, folder, mapped, recipe
+from ahi_ml.cache import DerivedTier, FrameCache, folder, frames, mapped, pages, recipe
 from ahi_ml.cache.entries import ENCODED_START
-from ahi_ml.cache.mapped import MappedEntries, map_file, may_map
+from ahi_ml.cache.mapped import MappedEntries, may_map
+from ahi_ml.cache.pages import Shelf, map_file
+from ahi_ml.types import AnyArray
 
 STORE = "d" * 32
 DATA = bytes(range(256)) * 40
 IMAGE = np.arange(60 * 70, dtype=np.int16).reshape(60, 70) - 2000
+ROWS = np.random.default_rng(0).integers(-2000, 2000, (12, 64, 64), np.int16)  # whole pages: they lie side by side
 FRAMES = [f"{number:032x}" for number in range(12)]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="entries are mapped on Linux only")
@@ -32,6 +39,11 @@ def cache(tmp_path: Path) -> FrameCache:
 @pytest.fixture
 def tier(cache: FrameCache) -> DerivedTier:
     return cache.derived(STORE, recipe(output="stored", reduce=0) or "")
+
+
+@pytest.fixture(params=["by itself", "side by side"])
+def image(request: pytest.FixtureRequest) -> AnyArray:
+    return IMAGE if request.param == "by itself" else ROWS[0]
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +241,7 @@ class TestFrames:
                 put(cache, data=b"other")
             return array
 
-        monkeypatch.setattr(folder, "map_file", slowly)
+        monkeypatch.setattr(frames, "map_file", slowly)
         cache.get(STORE, FRAMES[0])
         monkeypatch.undo()
         assert mappings(cache.folder) == 0
@@ -282,51 +294,51 @@ class TestFrames:
 
 class TestResults:
     def test_from_the_third_time_on_no_file_is_opened(
-        self, cache: FrameCache, tier: DerivedTier, no_files: Any
+        self, cache: FrameCache, tier: DerivedTier, no_files: Any, image: AnyArray
     ) -> None:
         for number, frame in enumerate(FRAMES):
-            tier.write(frame, IMAGE + number, number % 2 == 0)
-        batch = np.zeros((len(FRAMES), *IMAGE.shape), IMAGE.dtype)
+            tier.write(frame, image + number, number % 2 == 0)
+        batch = np.zeros((len(FRAMES), *image.shape), image.dtype)
         for _ in range(2):
             tier.read_many(FRAMES, batch)
         no_files()
         batch[:] = 0
         assert tier.read_many(FRAMES, batch) == [True, False] * 6
-        np.testing.assert_array_equal(batch, [IMAGE + number for number in range(len(FRAMES))])
+        np.testing.assert_array_equal(batch, [image + number for number in range(len(FRAMES))])
 
-    def test_recipes_do_not_mix(self, cache: FrameCache, tier: DerivedTier) -> None:
+    def test_recipes_do_not_mix(self, cache: FrameCache, tier: DerivedTier, image: AnyArray) -> None:
         other = cache.derived(STORE, recipe(output="stored", reduce=1) or "")
-        tier.write(FRAMES[0], IMAGE, True)
-        other.write(FRAMES[0], IMAGE + 1, True)
+        tier.write(FRAMES[0], image, True)
+        other.write(FRAMES[0], image + 1, True)
         for _ in range(4):
-            for each, wanted in ((tier, IMAGE), (other, IMAGE + 1)):
-                out = np.zeros_like(IMAGE)
+            for each, wanted in ((tier, image), (other, image + 1)):
+                out = np.zeros_like(image)
                 assert each.read_into(FRAMES[0], out)
                 np.testing.assert_array_equal(out, wanted)
 
-    def test_arrays_of_another_kind_are_a_miss(self, tier: DerivedTier) -> None:
-        tier.write(FRAMES[0], IMAGE, True)
+    def test_arrays_of_another_kind_are_a_miss(self, tier: DerivedTier, image: AnyArray) -> None:
+        tier.write(FRAMES[0], image, True)
         for _ in range(3):
-            assert tier.read_into(FRAMES[0], np.zeros_like(IMAGE))
-        assert tier.read_into(FRAMES[0], np.zeros(IMAGE.shape, np.uint16)) is None
-        assert tier.read_into(FRAMES[0], np.zeros(IMAGE.size, np.int16)) is None
-        assert tier.read_into(FRAMES[0], np.zeros_like(IMAGE))
+            assert tier.read_into(FRAMES[0], np.zeros_like(image))
+        assert tier.read_into(FRAMES[0], np.zeros(image.shape, np.uint16)) is None
+        assert tier.read_into(FRAMES[0], np.zeros(image.size, np.int16)) is None
+        assert tier.read_into(FRAMES[0], np.zeros_like(image))
 
-    def test_what_is_written_again_is_read_again(self, tier: DerivedTier) -> None:
-        out = np.zeros_like(IMAGE)
-        tier.write(FRAMES[0], IMAGE, True)
+    def test_what_is_written_again_is_read_again(self, tier: DerivedTier, image: AnyArray) -> None:
+        out = np.zeros_like(image)
+        tier.write(FRAMES[0], image, True)
         for _ in range(3):
             tier.read_into(FRAMES[0], out)
-        tier.write(FRAMES[0], IMAGE + 1, False)
+        tier.write(FRAMES[0], image + 1, False)
         for _ in range(3):
             assert tier.read_into(FRAMES[0], out) is False
-            np.testing.assert_array_equal(out, IMAGE + 1)
+            np.testing.assert_array_equal(out, image + 1)
 
     def test_damage_is_noticed_when_it_is_looked_for(
-        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch, image: AnyArray
     ) -> None:
-        out = np.zeros_like(IMAGE)
-        tier.write(FRAMES[0], IMAGE, True)
+        out = np.zeros_like(image)
+        tier.write(FRAMES[0], image, True)
         for _ in range(3):
             assert tier.read_into(FRAMES[0], out)
         (path,) = (path for path in cache.folder.rglob("*") if path.is_file())
@@ -338,3 +350,232 @@ class TestResults:
         assert cache.stats()["corrupt"] == 1
         assert not path.exists()
         assert mappings(cache.folder) == 0
+
+
+def side_by_side(tier: DerivedTier, rows: AnyArray = ROWS) -> None:
+    """Write results and read them until they are mapped."""
+    for number, row in enumerate(rows):
+        tier.write(FRAMES[number], row, True)
+    out = np.empty_like(rows)
+    for _ in range(2):
+        assert tier.read_many(FRAMES[: len(rows)], out) == [True] * len(rows)
+
+
+class TestSideBySide:
+    @pytest.fixture
+    def by_one_call(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many rows each call takes."""
+        counts: list[int] = []
+        take = Shelf.take
+
+        def counting(self: Shelf, rows: Any, out: AnyArray) -> None:
+            counts.append(len(rows))
+            take(self, rows, out)
+
+        monkeypatch.setattr(Shelf, "take", counting)
+        return counts
+
+    def test_any_order_by_one_call(self, tier: DerivedTier, by_one_call: list[int], no_files: Any) -> None:
+        side_by_side(tier)
+        no_files()
+        order = [7, 0, 0, 11, 3, 3, 3, 5]
+        out = np.zeros((8, 64, 64), np.int16)
+        assert tier.read_many([FRAMES[number] for number in order], out) == [True] * 8
+        np.testing.assert_array_equal(out, ROWS[order])
+        assert by_one_call == [8]
+
+    @pytest.mark.parametrize("missing", [[0], [2, 5], [11], range(1, 10)])
+    def test_some_that_are_not_there(self, tier: DerivedTier, by_one_call: list[int], missing: Any) -> None:
+        side_by_side(tier)
+        other = DerivedTier(*tier.__reduce__()[1])
+        for number in missing:
+            tier.drop(FRAMES[number])
+        out = np.zeros_like(ROWS)
+        there = [number not in missing for number in range(12)]
+        assert tier.read_many(FRAMES, out) == [known or None for known in there]
+        np.testing.assert_array_equal(out[there], ROWS[there])
+        for number in missing:
+            other.write(FRAMES[number], ROWS[number] + 1, False)
+        assert tier.read_many(FRAMES, out) == there
+        np.testing.assert_array_equal(out, [row + (not known) for row, known in zip(ROWS, there, strict=True)])
+        assert by_one_call == ([] if len(missing) > 6 else [12, 12])
+
+    def test_forms_of_one_size_do_not_mix(self, cache: FrameCache, tier: DerivedTier) -> None:
+        side_by_side(tier)
+        others = cache.derived(STORE, recipe(output="stored", reduce=1) or "")
+        side_by_side(others, ROWS.view(np.uint16))
+        shelves = [tier._folder.state().mapped.shelf(np.dtype(kind), (64, 64), 64) for kind in (np.int16, np.uint16)]
+        assert shelves[0] is not shelves[1]
+        for out in (np.zeros((12, 64, 64), np.uint16), np.zeros((12, 32, 128), np.int16)):
+            assert tier.read_many(FRAMES, out) == [None] * 12
+
+    def test_rows_of_a_list_of_arrays_are_copied_one_by_one(self, tier: DerivedTier, by_one_call: list[int]) -> None:
+        side_by_side(tier)
+        out = np.zeros_like(ROWS)
+        assert tier.read_many(FRAMES, list(out)) == [True] * 12
+        np.testing.assert_array_equal(out, ROWS)
+        assert not by_one_call
+
+    def test_arrays_that_cannot_be_written_are_refused(self, tier: DerivedTier) -> None:
+        side_by_side(tier)
+        with pytest.raises(ValueError, match="contiguous"):
+            tier.read_many(FRAMES, np.zeros((12, 64, 128), np.int16)[:, :, ::2])
+        fixed = np.zeros_like(ROWS)
+        fixed.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            tier.read_many(FRAMES, fixed)
+        with pytest.raises(ValueError, match="12 arrays for 11"):
+            tier.read_many(FRAMES[1:], np.zeros_like(ROWS))
+
+    def test_damage_is_noticed_by_sampling(
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        side_by_side(tier)
+        path = Path(tier._folder.place(tier._name(FRAMES[4])))
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+        out = np.zeros_like(ROWS)
+        monkeypatch.setattr("ahi_ml.cache.derived.SAMPLE_BITS", 3)
+        reads = 0
+        while (verdicts := tier.read_many(FRAMES, out))[4]:
+            reads += 1
+            assert reads < 200, "one read in 8"
+        assert verdicts == [number != 4 or None for number in range(12)]
+        assert cache.stats()["corrupt"] == 1
+        np.testing.assert_array_equal(np.delete(out, 4, 0), np.delete(ROWS, 4, 0))
+
+    def test_what_does_not_fit_on_the_shelf_lies_by_itself(
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch, by_one_call: list[int]
+    ) -> None:
+        monkeypatch.setattr(pages, "_MOST_PLACES", 8)
+        side_by_side(tier)
+        assert mappings(cache.folder) == 12
+        out = np.zeros_like(ROWS)
+        assert tier.read_many(FRAMES, out) == [True] * 12
+        np.testing.assert_array_equal(out, ROWS)
+        assert by_one_call == [12]
+
+    def test_where_addresses_are_few_they_lie_by_themselves(self, cache: FrameCache, tier: DerivedTier) -> None:
+        resource = pytest.importorskip("resource")
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), before[1]))
+        try:
+            side_by_side(tier)
+            out = np.zeros_like(ROWS)
+            assert tier.read_many(FRAMES, out) == [True] * 12
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        np.testing.assert_array_equal(out, ROWS)
+        assert mappings(cache.folder) == 12
+        assert not len(tier._folder.state().mapped._shelves)
+
+    def test_places_are_used_again_and_addresses_given_back(
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pages, "_MOST_PLACES", 12)
+        known = tier._folder.state().mapped
+        side_by_side(tier)
+        shelf = known.shelf(ROWS.dtype, (64, 64), 64)
+        assert shelf is not None
+        assert not shelf._free
+        for number in range(6):
+            tier.drop(FRAMES[number])
+        assert mappings(cache.folder) == 6
+        assert len(shelf._free) == 6
+        side_by_side(tier)
+        assert not shelf._free
+        first = f"{shelf._first:x}-"
+        del shelf
+        cache.clear()
+        assert mappings(cache.folder) == 0
+        assert first not in Path("/proc/self/maps").read_text()
+
+    def test_a_shelf_keeps_its_place_when_a_file_cannot_be_mapped(self, tmp_path: Path) -> None:
+        shelf = Shelf(np.dtype(np.int16), (64, 64), 64)
+        free = len(shelf._free)
+        with (tmp_path / "file").open("wb") as file, pytest.raises(OSError):
+            shelf.put(file.fileno())  # it is not open for reading
+        assert len(shelf._free) == free
+
+    @pytest.mark.parametrize("shape", [(60, 70), (0, 64), (1 << 19, 1 << 20)])
+    def test_forms_that_no_shelf_has(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError):
+            Shelf(np.dtype(np.int16), shape, 64)
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [
+            ((512, 512), np.uint8),
+            ((512, 512), np.int16),
+            ((512, 512), np.float32),
+            ((16, 16), np.int16),
+            ((400, 400), np.int16),
+            ((16, 16, 3), np.float32),
+            ((3328, 2560), np.uint16),
+        ],
+    )
+    def test_forms_that_lie_side_by_side(self, tmp_path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        row = np.zeros(shape, dtype)
+        shelf = Shelf(row.dtype, shape, 64)
+        kept = []
+        for number in range(3):
+            row[...] = number + 1
+            (tmp_path / "file").write_bytes(bytes(64) + row.tobytes())
+            with (tmp_path / "file").open("rb") as file:
+                kept.append(shelf.put(file.fileno()))
+            (tmp_path / "file").unlink()
+        out = np.zeros((3, *shape), dtype)
+        assert shelf.fits(out)
+        shelf.take([put[1] for put in reversed(kept) if put], out)
+        for number in range(3):
+            assert (out[number] == 3 - number).all()
+
+    def test_others_delete_and_write_meanwhile(self, cache: FrameCache, tier: DerivedTier) -> None:
+        side_by_side(tier)
+        ended = threading.Event()
+
+        def disturb(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            while not ended.is_set():
+                number = int(random.integers(12))
+                what = random.integers(20)
+                if what == 0:
+                    cache.clear()
+                elif what < 10:
+                    tier.drop(FRAMES[number])
+                else:
+                    tier.write(FRAMES[number], ROWS[number], True)
+
+        def read_all(seed: int) -> int:
+            random, hits = np.random.default_rng(seed), 0
+            out = np.zeros_like(ROWS)
+            for _ in range(1500):
+                order = random.integers(0, 12, 12)
+                found = tier.read_many([FRAMES[number] for number in order], out)
+                there = np.array([verdict is not None for verdict in found])
+                np.testing.assert_array_equal(out[there], ROWS[order[there]])
+                hits += int(there.sum())
+            return hits
+
+        with ThreadPoolExecutor(4) as pool:
+            disturbing = [pool.submit(disturb, seed) for seed in range(2)]
+            reading = [pool.submit(read_all, seed) for seed in range(2)]
+            try:
+                assert all(each.result() > 1000 for each in reading)
+            finally:
+                ended.set()
+            for each in disturbing:
+                each.result()
+
+    def test_a_forked_child_reads_them_too(self, tier: DerivedTier) -> None:
+        side_by_side(tier)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            assert pool.submit(_reads_right, tier).result(60)
+        assert _reads_right(tier)
+
+
+def _reads_right(tier: DerivedTier) -> bool:
+    out = np.zeros_like(ROWS)
+    return all(tier.read_many(FRAMES, out) == [True] * 12 and bool((out == ROWS).all()) for _ in range(4))

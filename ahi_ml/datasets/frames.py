@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ahi_ml.cache import FrameCache, ResultTier, recipe
 from ahi_ml.datasets.buffers import BufferPool
-from ahi_ml.datasets.pending import PendingBatch, TensorOptions, channels_last, keys_of
+from ahi_ml.datasets.pending import KnownRows, PendingBatch, TensorOptions, channels_last
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.datasets.segments import SegmentPool
@@ -24,7 +24,6 @@ from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.pixels import Window
-from ahi_ml.reader import Batch
 from ahi_ml.store import DataStore
 from ahi_ml.types import AnyArray, FrameStep, Output, PathType
 
@@ -210,7 +209,7 @@ class FrameDataset(Dataset[Item]):
             gc.freeze()
             self._settled = True
         buffers = self._buffers.get()
-        return self.items(self.submit(rows, buffers.take), buffers)
+        return self.items(self.submit(self.look_up(rows), buffers.take), buffers)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """Tell where the time of reading goes, here and in each DataLoader worker, while a ``with`` block runs.
@@ -233,24 +232,32 @@ class FrameDataset(Dataset[Item]):
         """Counters of this dataset, of all processes."""
         return self._meters
 
-    def submit(self, rows: Sequence[int] | AnyArray, allocate: Callable[..., AnyArray] = np.empty) -> PendingBatch:
+    def look_up(self, rows: Sequence[int] | AnyArray) -> KnownRows:
+        """What the index says of some rows; negative ones count from the end. I/O: none.
+
+        Raises
+        ------
+        IndexError
+            No such row.
+        """
+        started = perf_counter()
+        known = KnownRows.of(self.index, rows)
+        self._meters.add(collate_s=perf_counter() - started)
+        return known
+
+    def submit(self, rows: KnownRows, allocate: Callable[..., AnyArray] = np.empty) -> PendingBatch:
         """Start reading some rows. I/O: in the background.
 
         Parameters
         ----------
-        rows : sequence of int
-            Row numbers; negative ones count from the end.
+        rows : KnownRows
+            Which; see `look_up`.
         allocate : callable
             Takes shape ``(n, C, rows, columns)`` and dtype, gives the array that frames of one shape are
             read into.
         """
         started = perf_counter()
-        numbers = np.asarray(rows, np.int64)
-        if numbers.size and (numbers.min() < -len(self) or numbers.max() >= len(self)):
-            raise IndexError(f"row {int(numbers.max())} of a dataset of {len(self)} frames")
-        numbers = np.where(numbers < 0, numbers + len(self), numbers)
-        sources = self.index.sources(numbers)
-        images = self._allocate(sources, allocate)
+        images = self._allocate(rows.sources, allocate)
         outs: AnyArray | list[AnyArray] = (
             channels_last(images) if isinstance(images, np.ndarray) else [channels_last(image) for image in images]
         )
@@ -258,9 +265,8 @@ class FrameDataset(Dataset[Item]):
         if not self._meters.counts_requests:  # what others have asked for before is not this dataset's
             self._meters.add_requests(reader.requests())
             self._meters.set_threads(reader.threads)
-        batch = reader.submit(sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
-        self._meters.add(collate_s=perf_counter() - started)
-        return PendingBatch(numbers, images, batch)
+        batch = reader.submit(rows.sources, self.options, outs=outs, cache=self.cache, derived=self._derived)
+        return PendingBatch(rows, images, batch, submit_s=perf_counter() - started)
 
     def _allocate(self, sources: FrameSources, allocate: Callable[..., AnyArray]) -> AnyArray | list[AnyArray]:
         forms = {id(kind): self._form(kind) for kind in sources.distinct}
@@ -281,7 +287,7 @@ class FrameDataset(Dataset[Item]):
         rows = self._arrived(pending)
         epoch = self._epoch.value if pending.epoch is None else pending.epoch
         still = self._transform is not None and pending.epoch is None and self._epoch.stands_still(len(rows), len(self))
-        ids = self.index.ids(rows)
+        ids = rows.ids
         started, transform_s = perf_counter(), 0.0
         items: list[Item] = []
         images: Iterable[torch.Tensor] = (
@@ -289,7 +295,7 @@ class FrameDataset(Dataset[Item]):
             if buffers is not None and isinstance(pending.images, np.ndarray)
             else map(torch.from_numpy, pending.images)
         )
-        for row, image, key, *values in zip(rows, images, keys_of(ids), *ids.values(), strict=True):
+        for row, image, key, *values in zip(rows.numbers, images, rows.keys, *ids.values(), strict=True):
             meta = dict(zip(ids, values, strict=True))
             item: Item = {"image": image, "key": key, "meta": meta}
             if self._target is not None or self._transform is not None:
@@ -311,32 +317,33 @@ class FrameDataset(Dataset[Item]):
         """
         rows = self._arrived(pending)
         started = perf_counter()
-        ids = self.index.ids(rows)
-        batch = {"key": keys_of(ids), "meta": {name: _column(values) for name, values in ids.items()}}
+        batch = {"key": rows.keys, "meta": {name: _column(values) for name, values in rows.ids.items()}}
         if self._target is not None:
             targets = [
-                self._target_of(int(row), {"key": key, "meta": dict(zip(ids, values, strict=True))})
-                for row, key, *values in zip(rows, batch["key"], *ids.values(), strict=True)
+                self._target_of(int(row), {"key": key, "meta": dict(zip(rows.ids, values, strict=True))})
+                for row, key, *values in zip(rows.numbers, rows.keys, *rows.ids.values(), strict=True)
             ]
             batch["target"] = default_collate(targets)
         self._meters.add(collate_s=perf_counter() - started)
         return batch
 
-    def _arrived(self, pending: PendingBatch) -> AnyArray:
+    def _arrived(self, pending: PendingBatch) -> KnownRows:
         """The rows of a batch once its frames are there: others in place of those that are skipped."""
         started = perf_counter()
         rows, outcomes = pending.rows, pending.batch.outcomes()
-        self._measure(pending.batch, started)
+        self._measure(pending, started)
         if pending.batch.failed:
+            numbers = rows.numbers.copy()
             for slot, outcome in enumerate(outcomes):
                 if isinstance(outcome, BaseException):
-                    rows = self._replace(pending, rows, slot, outcome)
+                    numbers[slot] = self._replace(pending, slot, outcome)
+            rows = self.look_up(numbers)
         self._read += len(rows)
         return rows
 
-    def _measure(self, batch: Batch, started: float) -> None:
+    def _measure(self, pending: PendingBatch, started: float) -> None:
         """Count what a batch took that was waited for since `started`."""
-        waited = perf_counter() - started
+        waited, batch = perf_counter() - started, pending.batch
         network = min(max(batch.arrived - started, 0.0), waited)
         counts, reader = batch.stats, self.store.reader
         self._meters.add(
@@ -344,6 +351,7 @@ class FrameDataset(Dataset[Item]):
             batches=1,
             network_s=network,
             decode_s=waited - network,
+            collate_s=pending.submit_s,
             read_busy_s=counts.read_s,
             decode_busy_s=counts.decode_s,
             convert_busy_s=counts.convert_s,
@@ -357,26 +365,25 @@ class FrameDataset(Dataset[Item]):
         if counts.fetched or batch.failed:
             self._meters.add_requests(reader.requests())
 
-    def _replace(self, pending: PendingBatch, rows: AnyArray, slot: int, error: BaseException) -> AnyArray:
+    def _replace(self, pending: PendingBatch, slot: int, error: BaseException) -> int:
+        """Read another row into a slot that failed; say which."""
         if self._on_error == "raise" or not isinstance(error, AhiError):
             raise error
-        row = int(rows[slot])
+        row = int(pending.rows.numbers[slot])
         for step in range(1, len(self)):
             self._skipped += 1
             self._meters.add(skipped=1)
-            if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(rows))):
+            if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(pending.rows))):
                 raise DataError(
                     f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: "
                     f"the last is row {row}: {error}"
                 ) from error
-            other = self.submit([(row + step) % len(self)])
+            other = self.submit(self.look_up([(row + step) % len(self)]))
             outcome = other.batch.outcomes()[0]
             if not isinstance(outcome, BaseException):
                 pending.images = list(pending.images)
                 pending.images[slot] = other.images[0]
-                rows = rows.copy()
-                rows[slot] = other.rows[0]
-                return rows
+                return int(other.rows.numbers[0])
         raise error
 
     def _target_of(self, row: int, item: Item) -> Any:

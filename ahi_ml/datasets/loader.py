@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from ahi_ml.datasets.buffers import BufferPool
 from ahi_ml.datasets.frames import FrameDataset, Item
-from ahi_ml.datasets.pending import PendingBatch
+from ahi_ml.datasets.pending import KnownRows, PendingBatch
 from ahi_ml.datasets.profile import LoadingStats, Profile
 from ahi_ml.datasets.sampler import EpochRows, ResumableSampler
 from ahi_ml.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from ahi_ml.types import AnyArray
 __all__ = ["FrameLoader"]
 
 _FRAMES_AHEAD = 96  # 1.5 times the requests in flight that the service's latency needs
+_LOOKED_UP = 256  # rows at once: between batches the processor's cache is decoding's, and what runs rarely runs slowly
 
 
 class FrameLoader:
@@ -206,12 +207,14 @@ class FrameLoader:
         self._epoch, self._skip = epoch + 1, 0
         return _Progress(epoch, islice(rows, skip, None), skip)
 
-    def _batches(self, rows: Iterator[int]) -> Iterator[list[int]]:
-        while (
-            batch := rows.take(self.batch_size) if isinstance(rows, EpochRows) else list(islice(rows, self.batch_size))
-        ):
-            if len(batch) == self.batch_size or not self._drop_last:
-                yield batch
+    def _batches(self, rows: Iterator[int]) -> Iterator[KnownRows]:
+        size = self.batch_size
+        # Another kind of sampler may decide late what comes next: it is asked for no more than is read.
+        at_once = size * (max(_LOOKED_UP // size, 1) if isinstance(rows, EpochRows) else 1)
+        while taken := rows.take(at_once) if isinstance(rows, EpochRows) else list(islice(rows, at_once)):
+            known = self.dataset.look_up(taken)
+            for start in range(0, len(taken) - (size - 1 if self._drop_last else 0), size):
+                yield known[start : start + size]
 
     def _finish(self, pending: PendingBatch, progress: _Progress) -> Any:
         batch = self._collated(pending)

@@ -1,18 +1,18 @@
-"""A batch of items on its way: what it is read into, in what form, and what its frames are called. Floor 6."""
+"""A batch of items on its way: what its frames are called, what it is read into, and in what form. Floor 6."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ahi_ml.index import FrameProfile
+from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.reader import Batch, ReadOptions
 from ahi_ml.types import AnyArray
 
-__all__ = ["PendingBatch", "TensorOptions", "channels_last", "keys_of"]
+__all__ = ["KnownRows", "PendingBatch", "TensorOptions", "channels_last"]
 
 # torch has no arithmetic for the wider unsigned types.
 _TORCH_SAFE: dict[np.dtype[Any], np.dtype[Any]] = {
@@ -31,13 +31,60 @@ class TensorOptions(ReadOptions):
         return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype, dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class KnownRows:
+    """Rows of an index with what it says of them. A slice asks nothing again.
+
+    Parameters
+    ----------
+    numbers : ndarray of int
+        Which.
+    sources : FrameSources
+        What the reader needs.
+    ids : mapping of str to list
+        What items carry of their ids, by name.
+    keys : list of str
+        What names them in items: unique in a data store, whatever the frame's id.
+    """
+
+    numbers: AnyArray
+    sources: FrameSources
+    ids: Mapping[str, list[Any]]
+    keys: list[str]
+
+    @classmethod
+    def of(cls, index: DatasetIndex, rows: Sequence[int] | AnyArray) -> KnownRows:
+        """Look rows up; negative ones count from the end. I/O: none.
+
+        Raises
+        ------
+        IndexError
+            No such row.
+        """
+        numbers, length = np.asarray(rows, np.int64), len(index)
+        for wrong in numbers[(numbers < -length) | (numbers >= length)]:
+            raise IndexError(f"row {wrong} of a dataset of {length} frames")
+        numbers = np.where(numbers < 0, numbers + length, numbers)
+        ids = index.ids(numbers)
+        names = zip(ids["image_set_id"], ids["sop_instance_uid"], ids["frame_number"], strict=True)
+        keys = [f"{image_set}/{instance}/{number}" for image_set, instance, number in names]
+        return cls(numbers, index.sources(numbers), ids, keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, part: slice) -> KnownRows:
+        ids = {name: values[part] for name, values in self.ids.items()}
+        return KnownRows(self.numbers[part], self.sources[part], ids, self.keys[part])
+
+
 @dataclass(eq=False)
 class PendingBatch:
     """Items under way.
 
     Parameters
     ----------
-    rows : ndarray of int
+    rows : KnownRows
         Which.
     images : ndarray or list of ndarray
         What they are read into, channels first: one array if they are of one form.
@@ -45,18 +92,15 @@ class PendingBatch:
         The reader's.
     epoch : int, optional
         If not the dataset's.
+    submit_s : float
+        What submitting it took.
     """
 
-    rows: AnyArray
+    rows: KnownRows
     images: AnyArray | list[AnyArray]
     batch: Batch
     epoch: int | None = None
-
-
-def keys_of(ids: Mapping[str, list[Any]]) -> list[str]:
-    """What names frames in items: unique in a data store, whatever the frame's id."""
-    names = zip(ids["image_set_id"], ids["sop_instance_uid"], ids["frame_number"], strict=True)
-    return [f"{image_set}/{instance}/{number}" for image_set, instance, number in names]
+    submit_s: float = 0.0
 
 
 def channels_last(array: AnyArray) -> AnyArray:

@@ -60,6 +60,8 @@ class FrameSource(NamedTuple):
 class FrameSources(Sequence[FrameSource]):
     """Frames to read. What finds a result in the cache is there at once; the rest, when a frame is looked at.
 
+    A slice is of the same kind, and makes no frame either.
+
     Parameters
     ----------
     frame_ids : list of str
@@ -105,6 +107,10 @@ class FrameSources(Sequence[FrameSource]):
         return len(self.frame_ids)
 
     def __getitem__(self, place):  # type: ignore[no-untyped-def]
+        if isinstance(place, slice):
+            kinds = self.kinds[place]
+            distinct = self.distinct if len(self.distinct) == 1 else {id(kind): kind for kind in kinds}.values()
+            return FrameSources(self.frame_ids[place], kinds, distinct, lambda: self.all()[place])
         return self.all()[place]
 
     def __iter__(self) -> Iterator[FrameSource]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class _Mapped(NamedTuple):
     parts: dict[int, tuple[CacheEntry, int]]  # and where its mark is, see `Marks`
 
 
-_NONE: tuple[None, int] = (None, 0)
+_data_of = attrgetter("data")
 
 
 class FrameCache:
@@ -164,29 +165,30 @@ class FrameCache:
         state = self._folder.state()
         mapped, touched, sample = state.mapped.get, state.marks.lately(), state.marks.random.getrandbits
         found: list[CacheEntry | None] = []
-        hits = size = 0
         for frame_id in frame_ids:
             kept: _Mapped | None = mapped((datastore_id, frame_id))
-            entry, mark = kept.parts.get(reduce, _NONE) if kept is not None else _NONE
-            if entry is None:
-                entry = self._read(datastore_id, frame_id, reduce)
-            elif not touched[mark >> 3 & BYTE] >> (mark & 7) & 1 or (
-                not sample(SAMPLE_BITS) and not self._is_sound(entry, kept, datastore_id, frame_id, reduce)
+            part = kept.parts.get(reduce) if kept is not None else None
+            if kept is None or part is None:
+                found.append(self._read(datastore_id, frame_id, reduce))
+                continue
+            entry, mark = part
+            if touched[mark >> 3 & BYTE] >> (mark & 7) & 1 and (
+                sample(SAMPLE_BITS) or self._is_sound(entry, kept, datastore_id, frame_id, reduce)
             ):
-                entry = self._read(datastore_id, frame_id, reduce, doubted=True)
-            if entry is not None:
-                hits += 1
-                size += len(entry.data)
-            found.append(entry)
+                found.append(entry)
+            else:
+                found.append(self._read(datastore_id, frame_id, reduce, doubted=True))
+        misses = found.count(None)
+        size = sum(map(len, map(_data_of, filter(None, found))))
         with state.lock:
-            state.stats.hits += hits
-            state.stats.misses += len(found) - hits
+            state.stats.hits += len(found) - misses
+            state.stats.misses += misses
             state.stats.bytes += size
         return found
 
-    def _is_sound(self, entry: CacheEntry, kept: _Mapped | None, datastore_id: str, frame_id: str, reduce: int) -> bool:
+    def _is_sound(self, entry: CacheEntry, kept: _Mapped, datastore_id: str, frame_id: str, reduce: int) -> bool:
         """Whether a mapped entry is still in the folder, and its bytes are what was written."""
-        part = kept.header.part(reduce) if kept is not None else None
+        part = kept.header.part(reduce)
         return part is not None and self.has(datastore_id, frame_id) and crc32(entry.data) == part[1]
 
     def _read(self, datastore_id: str, frame_id: str, reduce: int, *, doubted: bool = False) -> CacheEntry | None:

@@ -7,7 +7,8 @@ copied is as large as the rows asked for.
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = ["FrameColumns"]
 
 _FIRST = ("image_set_id", "version_id", "series_instance_uid", "sop_instance_uid", "frame_number", "frame_id")
 _REFERENCES = frozenset({"instance", "profile", "plane", "series", "lookup_tables"})
-_OF_SERIES = ("image_set_id", "version_id", "series_instance_uid")
+_OF_SERIES = ("image_set_id", "version_id", "series_instance_uid")  # the first is what frames are fetched by
 _MOST_KNOWN = 1024  # series whose texts are remembered: a third of a MiB in each worker
 _POSITION = "ImagePositionPatient"
 _OF_FIRST_FRAME = ("Rows", "Columns", "PixelSpacing", "PhotometricInterpretation")
@@ -126,8 +127,9 @@ class FrameColumns:
         """Ids of frames by name. Every item of a data set carries them, so they must cost next to nothing."""
         instances = self._instance[rows]
         texts = self._series_texts(self._series_of_instance[instances].tolist())
+        of_series = [*map(list, zip(*texts, strict=True))] or [[] for _ in _OF_SERIES]
         return {
-            **{name: [each[place] for each in texts] for place, name in enumerate(_OF_SERIES)},
+            **dict(zip(_OF_SERIES, of_series, strict=True)),
             "sop_instance_uid": self._texts["sop_instance_uid"][instances],
             "frame_number": self._frame_number[rows].tolist(),
         }
@@ -135,7 +137,7 @@ class FrameColumns:
     def _series_texts(self, series: list[int]) -> list[tuple[str, ...]]:
         """The texts of `_OF_SERIES` for each of some series; those of the last ones are remembered."""
         known = self._known_series
-        found = {number: known.get(number) for number in series}
+        found = {number: known.get(number) for number in set(series)}
         absent = [number for number, texts in found.items() if texts is None]
         if absent:
             if len(known) + len(absent) > _MOST_KNOWN:
@@ -145,7 +147,7 @@ class FrameColumns:
             made: dict[int, tuple[str, ...]] = dict(zip(absent, texts, strict=True))
             found.update(made)
             known.update(made)
-        return [found[number] for number in series]  # type: ignore[misc]
+        return list(map(found.__getitem__, series))  # type: ignore[arg-type]
 
     def positions(self, rows: AnyArray) -> FloatArray:
         """Image Position (Patient), ``(n, 3)`` LPS mm; NaN where there is none."""
@@ -176,19 +178,19 @@ class FrameColumns:
 
     def sources(self, rows: AnyArray) -> FrameSources:
         """What the reader needs to read frames."""
-        digits = self._ids[rows].tobytes().hex()
-        frame_ids = [digits[at : at + 32] for at in range(0, len(digits), 32)]
+        frame_ids = self._ids[rows].tobytes().hex(" ", 16).split()
         profiles = self._profile[rows].tolist()
         by_number = {number: self._kind(number) for number in set(profiles)}
-        kinds = [by_number[number] for number in profiles]
+        kinds = list(map(by_number.__getitem__, profiles))
 
         def make() -> list[FrameSource]:
             frames = self.tables.frames
             texts = self._series_texts(self._series_of_instance[self._instance[rows]].tolist())
-            sets = [image_set_id for image_set_id, *_ in texts]
+            sets = map(itemgetter(0), texts)
             integers = (_integers(frames[name], rows) for name in ("checksum", "minimum", "maximum"))
             checksums, lowest, highest = integers
-            return list(map(FrameSource, sets, frame_ids, checksums, kinds, lowest, highest))
+            columns = zip(sets, frame_ids, checksums, kinds, lowest, highest, strict=True)
+            return list(map(partial(tuple.__new__, FrameSource), columns))  # its own constructor is a Python function
 
         return FrameSources(frame_ids, kinds, by_number.values(), make)
 

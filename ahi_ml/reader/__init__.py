@@ -26,7 +26,7 @@ from ahi_ml.errors import ChecksumError, DataError, DecodeError, MetadataError, 
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.batch import Batch, Task
 from ahi_ml.reader.lengths import lengths_of, part_of
-from ahi_ml.reader.making import Made
+from ahi_ml.reader.making import make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.pool import DecodePool
 from ahi_ml.reader.stats import ReaderStats
@@ -100,7 +100,7 @@ class Reader:
         kinds = batch.sources.kinds
         slots = list(range(len(kinds)))
         if any(isinstance(kind, MetadataError) for kind in batch.sources.distinct):
-            batch.finish_many((slot, kind) for slot, kind in enumerate(kinds) if isinstance(kind, MetadataError))
+            batch.finish_many([(slot, kind) for slot, kind in enumerate(kinds) if isinstance(kind, MetadataError)])
             slots = [slot for slot in slots if not isinstance(kinds[slot], MetadataError)]
         if derived is not None and slots:
             # One stage for all: what a result costs is less than what a stage does.
@@ -220,7 +220,7 @@ class Reader:
             if not (dropped or batch.cancelled):
                 keys = self._read_derived(batch, keys, derived)
         except BaseException as error:
-            batch.finish_many((slot, error) for slot in slots)
+            batch.finish_many([(slot, error) for slot in slots])
             return
         batch.results = derived, keys
         if dropped or batch.cancelled or cache is None:
@@ -276,20 +276,27 @@ class Reader:
             entries = cache.get_many(self._datastore_id, frame_ids, batch.options.reduce)
             sources = batch.sources.all()
         except BaseException as error:
-            batch.finish_many((slot, error) for slot in slots)
+            batch.finish_many([(slot, error) for slot in slots])
             return []
         read_s = perf_counter() - started
         outcomes: list[tuple[int, AnyArray | BaseException]] = []
-        made: list[Made] = []
         missing: list[int] = []
+        outs, options = batch.outs, batch.options
+        kind = form = None
+        made = verified = 0
+        decode_s = convert_s = 0.0
         for slot, entry in zip(slots, entries, strict=True):
             if entry is None:
                 missing.append(slot)
                 continue
             try:
-                out = batch.out(slot)
-                one = batch.make(sources[slot], entry, out)
-                batch.keep(slot, out, verified=one.verified)
+                source = sources[slot]
+                if source.kind is not kind or form is None:
+                    kind, form = source.kind, batch.form(source.profile)
+                out = batch.out(slot) if outs is None else outs[slot]
+                known, decoding_s, converting_s = make_frame(source, options, entry, out, form)
+                if batch.results is not None:
+                    batch.keep(slot, out, verified=known)
             except UnsupportedTransferSyntaxError as error:
                 outcomes.append((slot, error))
             except (ChecksumError, DecodeError):
@@ -300,15 +307,17 @@ class Reader:
                 outcomes.append((slot, error))
             else:
                 outcomes.append((slot, out))
-                made.append(one)
-        verified = sum(one.verified for one in made)
+                made += 1
+                verified += known
+                decode_s += decoding_s
+                convert_s += converting_s
         batch.count(
-            cached=len(made),
+            cached=made,
             verified=verified,
-            unverified=len(made) - verified,
+            unverified=made - verified,
             read_s=read_s,
-            decode_s=sum(one.decode_s for one in made),
-            convert_s=sum(one.convert_s for one in made),
+            decode_s=decode_s,
+            convert_s=convert_s,
         )
         batch.finish_many(outcomes)
         return missing
@@ -359,7 +368,8 @@ class Reader:
         try:
             whole = task.part is None or not task.part.stopped
             out = batch.out(task.slot)
-            made = batch.make(source, CacheEntry(data, False, whole), out, again=task.fetches > 1)
+            entry, form = CacheEntry(data, False, whole), batch.form(source.profile)
+            verified, decode_s, convert_s = make_frame(source, task.options, entry, out, form, again=task.fetches > 1)
         except UnsupportedTransferSyntaxError:
             raise
         except (ChecksumError, DecodeError):
@@ -370,15 +380,15 @@ class Reader:
             return
         if cache is not None:
             lengths = lengths_of(source, data, 0 if whole else task.options.reduce)
-            cache.put(self._datastore_id, source.frame_id, data, verified=made.verified, whole=whole, prefixes=lengths)
-        batch.keep(task.slot, out, verified=made.verified)
+            cache.put(self._datastore_id, source.frame_id, data, verified=verified, whole=whole, prefixes=lengths)
+        batch.keep(task.slot, out, verified=verified)
         batch.count(
             fetched=1,
             bytes_fetched=len(data),
-            verified=made.verified,
-            unverified=not made.verified,
-            decode_s=made.decode_s,
-            convert_s=made.convert_s,
+            verified=verified,
+            unverified=not verified,
+            decode_s=decode_s,
+            convert_s=convert_s,
         )
         self._finish(task, out)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
-from ahi_ml.cache import CacheEntry, Flights, ResultTier
+from ahi_ml.cache import Flights, ResultTier
 from ahi_ml.client import Part
 from ahi_ml.index import FrameProfile, FrameSource, FrameSources
-from ahi_ml.reader.making import Form, Made, make_frame
+from ahi_ml.reader.making import Form
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.stats import ReaderStats
 from ahi_ml.types import AnyArray
@@ -68,7 +68,7 @@ class Batch:
             self._done.acquire()
 
     def form(self, kind: FrameProfile) -> Form:
-        """The form of the results of frames of a kind. I/O: none."""
+        """The form of what frames of a kind are made into. I/O: none."""
         form = self._forms.get(id(kind))
         if form is None:
             form = self._forms[id(kind)] = Form.of(kind, self.options)
@@ -81,10 +81,6 @@ class Batch:
         form = self.form(self.sources[slot].profile)
         return np.empty(form.shape, form.dtype)
 
-    def make(self, source: FrameSource, entry: CacheEntry, out: AnyArray, *, again: bool = False) -> Made:
-        """Make a frame of encoded bytes; see `make_frame`. Called by the reader. I/O: none."""
-        return make_frame(source, self.options, entry, out, self.form(source.profile), again=again)
-
     def keep(self, slot: int, array: AnyArray, *, verified: bool) -> None:
         """Store a frame's result where results are kept. Called by the reader. I/O: one file, if they are."""
         if self.results is not None:
@@ -95,14 +91,15 @@ class Batch:
         """Note the outcome of one frame. Called by the reader."""
         self.finish_many(((slot, outcome),))
 
-    def finish_many(self, outcomes: Iterable[tuple[int, AnyArray | BaseException]]) -> None:
+    def finish_many(self, outcomes: Collection[tuple[int, AnyArray | BaseException]]) -> None:
         """Note outcomes of frames by their slots. Called by the reader."""
+        placed = self._outcomes
         with self._lock:
             for slot, outcome in outcomes:
-                self._outcomes[slot] = outcome
-                self._left -= 1
+                placed[slot] = outcome
                 if isinstance(outcome, BaseException):
                     self.failed = True
+            self._left -= len(outcomes)
             if self._left == 0:
                 if self._ended is not None:
                     self._ended(self.stats)

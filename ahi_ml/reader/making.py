@@ -18,7 +18,11 @@ from ahi_ml.types import AnyArray
 
 __all__ = ["Form", "Made", "make_frame"]
 
+Made = tuple[bool, float, float]  # of a frame, see `make_frame`; a class of its own would be a Python call a frame
+
 _SCRATCH = threading.local()
+_KIND = FrameSource._fields.index("kind")  # from there on it says all that decoding depends on
+_NOTHING = None, None
 
 
 class Form(NamedTuple):
@@ -51,22 +55,6 @@ class Form(NamedTuple):
         return cls(shape, dtype, (pixels.shape, pixels.dtype), as_stored, convert)
 
 
-class Made(NamedTuple):
-    """A frame as it was made: whether its pixels are known to be right, and what it took.
-
-    Parameters
-    ----------
-    verified : bool
-        Whether they were compared with the data store's checksum, now or when they were cached.
-    decode_s, convert_s : float
-        Seconds.
-    """
-
-    verified: bool
-    decode_s: float
-    convert_s: float
-
-
 def make_frame(
     source: FrameSource, options: ReadOptions, entry: CacheEntry, out: AnyArray, form: Form, *, again: bool = False
 ) -> Made:
@@ -87,18 +75,26 @@ def make_frame(
     again : bool
         Whether it was fetched for the second time.
 
+    Returns
+    -------
+    tuple of bool, float and float
+        Whether its pixels are known to be right: compared with the data store's checksum, now or when they were
+        cached. Seconds of decoding and verifying, and of what was made of stored values.
+
     Raises
     ------
     ChecksumError, DecodeError, ConfigError
         The pixels differ from the checksum; the bytes are no frame; `out` has another form.
     """
-    profile = source.profile
-    check = options.verify and not entry.verified and source.checksum is not None
-    # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
-    of_bytes = check and profile.checksum_of == "bytes" and entry.whole
-    of_pixels = check and profile.checksum_of == "samples" and options.reduce == 0
-    if of_bytes and crc32(entry.data) != source.checksum:
-        raise _mismatch(source, "encoded bytes", again)
+    verified, of_pixels = entry.verified, False
+    if not verified and options.verify and source.checksum is not None:
+        # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
+        compared = source.profile.checksum_of
+        of_pixels = compared == "samples" and options.reduce == 0
+        if compared == "bytes" and entry.whole:
+            if crc32(entry.data) != source.checksum:
+                raise _mismatch(source, "encoded bytes", again)
+            verified = True
     if out.shape != form.shape or out.dtype != form.dtype:
         raise ConfigError(f"the array to read into is {out.dtype}{out.shape}, the frame is {form.dtype}{form.shape}")
     started = perf_counter()
@@ -109,24 +105,28 @@ def make_frame(
     except DecodeError as error:
         where = f"frame {source.frame_id} of image set {source.image_set_id}"
         raise type(error)(f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
-    if of_pixels and crc32(stored) != source.checksum:
-        raise _mismatch(source, "decoded pixels", again)
+    if of_pixels:
+        if crc32(stored) != source.checksum:
+            raise _mismatch(source, "decoded pixels", again)
+        verified = True
     decoded = perf_counter()
-    if not direct:
-        form.convert(stored, out)
-    return Made(entry.verified or of_bytes or of_pixels, decoded - started, perf_counter() - decoded)
+    if direct:
+        return verified, decoded - started, 0.0
+    form.convert(stored, out)
+    return verified, decoded - started, perf_counter() - decoded
 
 
 def _prepared(source: FrameSource, reduce: int, entry: CacheEntry) -> Prepared:
     """How to decode an entry, which is found once for one that is kept in memory."""
-    depends = source.kind, source.minimum, source.maximum
-    noted = entry.notes.get("prepared") if entry.notes is not None else None
-    if noted is not None and noted[0] == depends:
-        return noted[1]  # type: ignore[no-any-return]
+    notes, depends = entry.notes, source[_KIND:]
+    if notes is not None:
+        depended, prepared = notes.get("prepared", _NOTHING)
+        if depended == depends:
+            return prepared  # type: ignore[no-any-return]
     profile = source.profile
     prepared = prepare(entry.data, profile.syntax, profile.pixels, reduce=reduce, extremes=source.extremes)
-    if entry.notes is not None:
-        entry.notes["prepared"] = depends, prepared
+    if notes is not None:
+        notes["prepared"] = depends, prepared
     return prepared
 
 

@@ -52,14 +52,14 @@ class Prepared:
 
 
 @contextmanager
-def prepared_store(frames: int) -> Iterator[Prepared]:
-    """Make an embedded store with so many frames; it is gone afterwards.
+def prepared_store(frames: int, *, unsigned: bool = False) -> Iterator[Prepared]:
+    """Make an embedded store with so many frames, or with such of `make_slices`; it is gone afterwards.
 
     Its server runs until then: the store is held open.
     """
     with tempfile.TemporaryDirectory(prefix="ahi-ml-benchmark-") as name:
         work = Path(name)
-        source = make_slices(work / "dicom", frames)
+        source = make_slices(work / "dicom", frames, unsigned=unsigned)
         with ahi_ml.connect(work / "store", cache=work / "no-cache") as store:
             store.progress = False
             report = store.import_dicom(work / "dicom")
@@ -69,11 +69,17 @@ def prepared_store(frames: int) -> Iterator[Prepared]:
             yield Prepared(work / "store", index.save(work / "frames.index"), len(index), source)
 
 
-def make_slices(folder: Path, count: int, seed: int = 0) -> str:
-    """Write so many CT slices, one file each; return where they are from."""
+def make_slices(folder: Path, count: int, seed: int = 0, *, unsigned: bool = False) -> str:
+    """Write so many CT slices, one file each; return where they are from.
+
+    Unsigned, each has a pixel of 0 and one of 65,535: what lower resolutions overshoot to needs more than 16 bits.
+    """
     folder.mkdir(parents=True)
     real = _real_slices()
     originals = [dcmread(path) for path in real[:count]] if real else list(_phantom(min(count, _PHANTOM_SLICES), seed))
+    if unsigned:
+        for original in originals:
+            _make_unsigned(original)
     pixels = [slice_.pixel_array for slice_ in originals]
     for number in range(count):
         copy, place = divmod(number, len(originals))
@@ -85,6 +91,17 @@ def make_slices(folder: Path, count: int, seed: int = 0) -> str:
             dataset.SeriesInstanceUID = _uid("series", seed, copy)
         dataset.save_as(folder / f"{number:06d}.dcm", enforce_file_format=True)
     return "series" if real else "phantom"
+
+
+def _make_unsigned(dataset: Dataset) -> None:
+    pixels = dataset.pixel_array.astype(np.int32)
+    pixels -= pixels.min()
+    pixels[0, :2] = 0, 65535
+    dataset.PixelData, dataset.PixelRepresentation = pixels.astype(np.uint16).tobytes(), 0
+    dataset.BitsStored, dataset.HighBit = 16, 15
+    for keyword in ("PixelPaddingValue", "SmallestImagePixelValue", "LargestImagePixelValue"):
+        if keyword in dataset:
+            del dataset[keyword]
 
 
 def _uid(*entropy: object) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,7 +72,19 @@ class LowPass:
         As for `codec.decode`.
     """
 
-    __slots__ = ("_data", "_direct", "_fits", "_layout", "_left", "_made", "_shift", "_skipped", "_syntax", "_wanted")
+    __slots__ = (
+        "_data",
+        "_deeper",
+        "_direct",
+        "_fits",
+        "_layout",
+        "_left",
+        "_made",
+        "_shift",
+        "_skipped",
+        "_syntax",
+        "_wanted",
+    )
 
     def __init__(
         self,
@@ -91,6 +104,7 @@ class LowPass:
             psot = int.from_bytes(data[layout.body + 6 : layout.body + 10], "big")
             if 0 < psot <= len(data) - layout.body:  # else cut within a tile-part, which OpenJPH refuses
                 self._shift, fits = _to_16_bits(layout.info, pixels, extremes, reduce)
+        self._deeper: tuple[_Smaller, StreamInfo] | None = None  # found when it is needed
         self._direct = not self._left and self._wanted.dtype.itemsize == 2
         self._fits = fits and self._direct
 
@@ -132,9 +146,12 @@ class LowPass:
 
     def _in_24_bits(self) -> AnyArray:
         """Low-pass values as the stream's own sign and `_HEADROOM_BITS` hold them."""
-        depth = _HEADROOM if self._layout.info.reversible else None
-        stream = smaller_stream(self._data, self._layout, self._skipped, len(self._data), depth=depth)
-        return jpeg2000.decode_stream(stream, jpeg2000.inspect(stream))
+        if self._deeper is None:
+            depth = _HEADROOM if self._layout.info.reversible else None
+            smaller = _Smaller.of(self._data, self._layout, self._skipped, len(self._data), depth)
+            self._deeper = smaller, jpeg2000.inspect(smaller.apply(self._data))
+        smaller, info = self._deeper
+        return jpeg2000.decode_stream(smaller.apply(self._data), info)
 
 
 def low_pass_of(
@@ -216,13 +233,50 @@ def settle(image: AnyArray, pixels: PixelFormat, out: AnyArray | None = None, sh
     """
     if out is None:
         out = np.empty(pixels.shape, pixels.dtype)
-    low, high = pixels.stored_range
-    limits = np.iinfo(image.dtype)
     same = out.view(image.dtype) if out.itemsize == image.itemsize else out  # no buffer between
-    image.clip(max(low - shift, int(limits.min)), min(high - shift, int(limits.max)), out=same, casting="unsafe")
+    image.clip(*_bounds(pixels, image.dtype, shift), out=same, casting="unsafe")
     if shift:
         np.add(out, shift, out=out)
     return out
+
+
+@lru_cache
+def _bounds(pixels: PixelFormat, dtype: np.dtype[Any], shift: int) -> tuple[np.integer[Any], np.integer[Any]]:
+    """The stored range less the shift, as far as the dtype holds it.
+
+    Of the dtype, too: numpy drops a Python integer that the dtype cannot pass, and with one bound takes seven times as
+    long.
+    """
+    (low, high), limits = pixels.stored_range, np.iinfo(dtype)
+    return dtype.type(max(low - shift, int(limits.min))), dtype.type(min(high - shift, int(limits.max)))
+
+
+class _Smaller(NamedTuple):
+    """What makes a smaller stream of the beginning of one: see `smaller_stream`."""
+
+    header: bytes
+    body: slice  # of the beginning
+    changes: tuple[tuple[int, bytes], ...]  # where in the smaller stream, and what is written there
+
+    @classmethod
+    def of(cls, data: Buffer, layout: Layout, reduce: int, end: int, depth: int | None) -> _Smaller:
+        header, body = _smaller_header(layout, reduce, depth), memoryview(data)[layout.body : end]
+        begins = [0]
+        while psot := int.from_bytes(body[begins[-1] + 6 : begins[-1] + 10], "big"):
+            if begins[-1] + psot >= len(body):
+                break
+            begins.append(begins[-1] + psot)
+        # The number of tile-parts (TNsot) in each, and in the last the length to its end (Psot): T.800 A.4.2.
+        changes = [(len(header) + begin + 11, bytes((len(begins),))) for begin in begins]
+        changes.append((len(header) + begins[-1] + 6, struct.pack(">I", len(body) - begins[-1])))
+        return cls(header, slice(layout.body, end), tuple(changes))
+
+    def apply(self, data: Buffer) -> bytearray:
+        """Make the smaller stream, of the very bytes that this was found for."""
+        made = bytearray().join((self.header, memoryview(data)[self.body], _EOC))
+        for at, value in self.changes:
+            made[at : at + len(value)] = value
+        return made
 
 
 def smaller_stream(data: Buffer, layout: Layout, reduce: int, end: int, *, depth: int | None = None) -> bytearray:
@@ -249,18 +303,7 @@ def smaller_stream(data: Buffer, layout: Layout, reduce: int, end: int, *, depth
     bytearray
         A raw codestream of ``ceil(rows / 2**reduce)`` by ``ceil(columns / 2**reduce)``.
     """
-    header = _smaller_header(layout, reduce, depth)
-    made = bytearray().join((header, memoryview(data)[layout.body : end], _EOC))
-    size = len(made) - len(_EOC)
-    begins = [len(header)]
-    while psot := int.from_bytes(made[begins[-1] + 6 : begins[-1] + 10], "big"):
-        if begins[-1] + psot >= size:
-            break
-        begins.append(begins[-1] + psot)
-    for begin in begins:
-        made[begin + 11] = len(begins)
-    struct.pack_into(">I", made, begins[-1] + 6, size - begins[-1])
-    return made
+    return _Smaller.of(data, layout, reduce, end, depth).apply(data)
 
 
 @lru_cache(_HEADERS_KEPT)

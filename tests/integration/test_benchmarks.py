@@ -21,7 +21,11 @@ MEASURED = {
         "FrameLoader: client CPU": "ms/frame",
         "floor: decode": "ms CPU/frame",
     },
-    "warm_epoch": {"float32: FrameLoader": "frames/s", "float32: decode and convert": "frames/s"},
+    "warm_epoch": {
+        "float32: FrameLoader": "frames/s",
+        "float32: decode and convert": "frames/s",
+        "unsigned, stored: FrameLoader, reduce=2": "frames/s",
+    },
     "embedded_store": {"import": "files/s", "server CPU, 32 in flight, 0 ms latency": "ms/request"},
     "decoded_epoch": {"FrameLoader": "frames/s", "open and preadv": "frames/s"},
     "early_stop": {"drain, 1 MiB saved": "ms/frame", "stop, 1 MiB saved": "ms/frame"},
@@ -31,7 +35,7 @@ MEASURED = {
 }
 BUDGETS = {
     "cold_epoch": 7,
-    "warm_epoch": 6,
+    "warm_epoch": 10,
     "embedded_store": 3,
     "decoded_epoch": 1,
     "early_stop": 3,

@@ -1062,6 +1062,27 @@ class TestSmallerStream:
         assert np.array_equal(imagecodecs.htj2k_decode(made), expected)
 
 
+class TestAgain:
+    """What is worked out for the first decoding holds for the next ones."""
+
+    @pytest.mark.parametrize("reduce", [1, 2])
+    @pytest.mark.parametrize("extremes", [None, (0, 65535), (0, 4000)], ids=str)
+    @pytest.mark.parametrize("shape", [(150, 140), (150, 140, 3)], ids=str)
+    def test_a_prepared_frame_is_decoded_again(
+        self, shape: tuple[int, ...], extremes: tuple[int, int] | None, reduce: int
+    ) -> None:
+        top = 4000 if extremes == (0, 4000) else 65535
+        image = np.random.default_rng(reduce).choice([0, 1, top - 1, top], shape).astype(np.uint16)
+        pixels = format_of(image)
+        frame = boxed(jpeg2000.encode_htj2k(image))
+        prepared = codec.prepare(frame, HTJ2K_LOSSLESS_RPCL, pixels, reduce=reduce, extremes=extremes)
+        expected = clipped(low_image(image, reduce, differences=image.ndim == 3), pixels)
+        for _ in range(3):
+            out = np.full(expected.shape, 77, np.uint16)
+            prepared(out)
+            np.testing.assert_array_equal(out, expected)
+
+
 class TestHostileBytes:
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # OpenJPH, of damaged blocks
     def test_damaged_headers_never_end_the_process(self) -> None:

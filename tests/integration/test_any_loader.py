@@ -603,7 +603,7 @@ class InstantReader:
         for source, out in zip(sources, outs, strict=True):
             out[...] = source.checksum
         batch = Batch(sources, options, outs)
-        batch.finish_many(enumerate(outs))
+        batch.finish_many(list(enumerate(outs)))
         return batch
 
     def requests(self) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_one_request_for_a_frame_wanted_many_times(folder: Path, tmp_path: Path)
         dataset = ahi_ml.FrameDataset(store, index, cache_decoded=False)
         counts = requests(store)
         rows = list(range(len(index))) * 5
-        pending = [dataset.submit(rows) for _ in range(4)]
+        pending = [dataset.submit(dataset.look_up(rows)) for _ in range(4)]
         for each in pending:
             items = dataset.items(each)
             for item, row in zip(items, rows, strict=True):
@@ -169,7 +169,7 @@ def test_a_download_that_fails_lets_the_next_one_try(store: ahi_ml.DataStore) ->
 def test_a_cancelled_download_lets_others_go_on(folder: Path, tmp_path: Path) -> None:
     with ahi_ml.connect(folder, cache=tmp_path / "cache", faults={"latency_ms": 150}) as store:
         dataset = ahi_ml.FrameDataset(store, store.search(primary=None).index())
-        first, second = dataset.submit([0, 1]), dataset.submit([0, 1])
+        first, second = dataset.submit(dataset.look_up([0, 1])), dataset.submit(dataset.look_up([0, 1]))
         first.batch.cancel()
         assert len(dataset.items(second)) == 2
 

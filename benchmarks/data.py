@@ -53,7 +53,7 @@ class Prepared:
 
 @contextmanager
 def prepared_store(frames: int, *, unsigned: bool = False) -> Iterator[Prepared]:
-    """Make an embedded store with so many frames, or with such of `make_slices`; it is gone afterwards.
+    """Make an embedded store with so many frames, of slices as `make_slices` makes them; it is gone afterwards.
 
     Its server runs until then: the store is held open.
     """

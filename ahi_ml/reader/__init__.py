@@ -234,11 +234,11 @@ class Reader:
         started = perf_counter()
         outs = [batch.out(slot) for slot in keys]
         rows: Sequence[AnyArray] | AnyArray = outs
+        apart = False
         if isinstance(batch.outs, np.ndarray) and len(batch.outs) == len(keys) and batch.outs.flags.c_contiguous:
             rows = batch.outs
-        apart = not all(out.flags.c_contiguous for out in outs)
-        if apart:
-            rows = [np.empty(out.shape, out.dtype) for out in outs]
+        elif not all(out.flags.c_contiguous for out in outs):
+            apart, rows = True, [np.empty(out.shape, out.dtype) for out in outs]
         found = derived.read_many(list(keys.values()), rows)
         hits: list[tuple[int, AnyArray]] = []
         for slot, out, row, verdict in zip(keys, outs, rows, found, strict=True):

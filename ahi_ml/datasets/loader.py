@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from ahi_ml.datasets.buffers import BufferPool
+from ahi_ml.datasets.collate import collate
 from ahi_ml.datasets.frames import FrameDataset, Item
 from ahi_ml.datasets.pending import KnownRows, PendingBatch
 from ahi_ml.datasets.profile import LoadingStats, Profile
 from ahi_ml.datasets.sampler import EpochRows, ResumableSampler
-from ahi_ml.errors import ConfigError, DataError
+from ahi_ml.errors import ConfigError
 from ahi_ml.types import AnyArray
 
 __all__ = ["FrameLoader"]
@@ -225,11 +225,11 @@ class FrameLoader:
         if self._collate is not None:
             return self._collate(self.dataset.items(pending))
         if self.dataset.transforms_items:
-            return _collate(self.dataset.items(pending))
+            return collate(self.dataset.items(pending))
         rest = self.dataset.collated(pending)
         if isinstance(pending.images, np.ndarray):
             return {"image": self._buffers.lend(pending.images), **rest}
-        return {"image": _collate(_images(pending.images, rest["key"]))["image"], **rest}
+        return {"image": collate(_images(pending.images, rest["key"]))["image"], **rest}
 
 
 @dataclass(eq=False)
@@ -243,14 +243,3 @@ class _Progress:
 
 def _images(arrays: list[AnyArray], keys: list[str]) -> list[Item]:
     return [{"image": torch.from_numpy(array), "key": key} for array, key in zip(arrays, keys, strict=True)]
-
-
-def _collate(items: list[Item]) -> Any:
-    shapes = {tuple(item["image"].shape) for item in items}
-    if len(shapes) > 1:
-        listed = ", ".join(f"{item['key']}: {tuple(item['image'].shape)}" for item in items[:4])
-        raise DataError(
-            f"a batch holds images of {len(shapes)} shapes ({listed}, ...): select frames of one shape "
-            "(index.where('Rows == 512')), resize in a transform, or pass collate_fn"
-        )
-    return default_collate(items)

@@ -29,7 +29,7 @@ from pydicom.uid import (
 from torch.utils.data import DataLoader, Subset, default_collate, random_split
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.datasets import FrameDataset, FrameLoader
+from ahi_ml.datasets import FrameDataset, FrameLoader, list_collate, pad_collate
 from ahi_ml.errors import ChecksumError, ConfigError, DataError
 from ahi_ml.index import DatasetIndex
 from ahi_ml.pixels import Scale, Window
@@ -611,6 +611,22 @@ class TestFrameLoader:
                 assert str(tuple(dataset[row]["image"].shape)) in str(caught.value)
         batches = list(FrameLoader(dataset, 2, sampler=rows, collate_fn=list))
         assert len(batches[0]) == 2
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_mixed_shapes_padded_or_listed(self, store: DataStore, index: DatasetIndex, workers: int) -> None:
+        dataset = FrameDataset(store, index)[[0, 1, 63, 64, 5]]  # CT and MR
+        singles = [dataset[row] for row in range(5)]
+        for fn in (pad_collate, list_collate):
+            expected = [fn(singles[:3]), fn(singles[3:])]
+            for loader in (
+                FrameLoader(dataset, 3, collate_fn=fn),
+                DataLoader(dataset, 3, collate_fn=fn, num_workers=workers),
+            ):
+                for batch, other in zip(loader, expected, strict=True):
+                    assert batch.keys() == other.keys()
+                    assert batch["key"] == other["key"]
+                    assert len(batch["image"]) == len(other["image"])
+                    assert all(map(torch.equal, batch["image"], other["image"]))
 
 
 class TestRecycledBuffers:

@@ -17,7 +17,9 @@ from ahi_ml.codec import progressive, reduced
 from ahi_ml.codec.layout import WHOLE, Prefix
 from ahi_ml.codec.pixelformat import PixelFormat
 from ahi_ml.codec.prepared import Prepared, prepare
+from ahi_ml.codec.reduced import shrink
 from ahi_ml.codec.syntaxes import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, JPEG_2000, SYNTAXES, TransferSyntax, describe
+from ahi_ml.codec.wavelet import reached
 from ahi_ml.errors import DecodeError
 from ahi_ml.types import AnyArray, Buffer
 
@@ -37,6 +39,8 @@ __all__ = [
     "prefix",
     "prefixes",
     "prepare",
+    "reached",
+    "shrink",
 ]
 
 _deflate_crc32 = imagecodecs.deflate_crc32  # which loads a library: not while threads wait to decode their first frame

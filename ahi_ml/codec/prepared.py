@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ahi_ml.codec import jpeg2000, progressive, reduced, wavelet
+from ahi_ml.codec import jpeg2000, progressive, reduced
 from ahi_ml.codec.decoders import DECODERS, Decoder, match
 from ahi_ml.codec.pixelformat import PixelFormat
 from ahi_ml.codec.syntaxes import JPEG_2000, SYNTAXES, describe
@@ -131,16 +131,9 @@ def _shrunk(
     differences: bool,
     out: AnyArray | None,
 ) -> AnyArray:
-    """Decode all of a frame, and go on with the wavelet, or sample it where blending makes no sense."""
+    """Decode all of a frame and shrink it."""
     image = match(decoder(data, syntax, pixels, None), pixels, syntax)
-    if pixels.blends:
-        low = wavelet.low_pass(image, reduce, colour_transform=differences)
-        return reduced.settle(low, pixels.reduced(reduce), out)
-    image = np.ascontiguousarray(image[:: 1 << reduce, :: 1 << reduce])
-    if out is None:
-        return image
-    np.copyto(out, image)
-    return out
+    return reduced.shrink(image, pixels, reduce, colour_transform=differences, out=out)
 
 
 def _told(error: Exception, syntax: str, size: int) -> DecodeError:

@@ -27,7 +27,7 @@ from ahi_ml.codec.progressive import resolution_end
 from ahi_ml.codec.syntaxes import HTJ2K_LOSSLESS_RPCL
 from ahi_ml.types import AnyArray, Buffer
 
-__all__ = ["LowPass", "divisible", "low_pass_of", "settle", "smaller_stream"]
+__all__ = ["LowPass", "divisible", "low_pass_of", "settle", "shrink", "smaller_stream"]
 
 _SIZ, _COD, _QCD, _QCC = 0xFF51, 0xFF52, 0xFF5C, 0xFF5D
 _TLM, _PLM = 0xFF55, 0xFF57
@@ -237,6 +237,44 @@ def settle(image: AnyArray, pixels: PixelFormat, out: AnyArray | None = None, sh
     image.clip(*_bounds(pixels, image.dtype, shift), out=same, casting="unsafe")
     if shift:
         np.add(out, shift, out=out)
+    return out
+
+
+def shrink(
+    image: AnyArray,
+    pixels: PixelFormat,
+    reduce: int,
+    *,
+    colour_transform: bool = False,
+    out: AnyArray | None = None,
+) -> AnyArray:
+    """Make a lower resolution of a decoded frame: of lossless streams the very one that `codec.decode` gives.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    image : ndarray
+        Stored values at full resolution.
+    pixels, reduce : PixelFormat, int
+        As for `codec.decode`.
+    colour_transform : bool
+        Whether the stream's wavelet saw differences of colours.
+    out : ndarray, optional
+        Shape and dtype of ``pixels.reduced(reduce)``.
+
+    Returns
+    -------
+    ndarray
+        `out` if given.
+    """
+    if pixels.blends:
+        low = wavelet.low_pass(image, reduce, colour_transform=colour_transform)
+        return settle(low, pixels.reduced(reduce), out)
+    image = np.ascontiguousarray(image[:: 1 << reduce, :: 1 << reduce])
+    if out is None:
+        return image
+    np.copyto(out, image)
     return out
 
 

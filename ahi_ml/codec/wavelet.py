@@ -15,7 +15,7 @@ import numpy as np
 
 from ahi_ml.types import AnyArray
 
-__all__ = ["low_pass", "low_pass_range"]
+__all__ = ["low_pass", "low_pass_range", "reached"]
 
 # Sums of the magnitudes of the filter's taps, of both axes: how much wider a range can become. After one step along
 # an axis the taps are (-1, 2, 6, 2, -1) / 8, and their sum 12 / 8; after many it tends to 1.716.
@@ -69,6 +69,37 @@ def low_pass_range(low: int, high: int, reduce: int) -> tuple[int, int]:
     gain = _GAINS[reduce] if reduce < len(_GAINS) else _GAIN_OF_MANY
     overshoot = math.ceil((high - low) * (gain - 1) / 2) + _ROUNDING * reduce
     return low - overshoot, high + overshoot
+
+
+def reached(mask: AnyArray, reduce: int) -> AnyArray:
+    """Tell which low-pass samples depend on any of some samples of a frame.
+
+    I/O: none.
+
+    Parameters
+    ----------
+    mask : (rows, columns) ndarray of bool
+        Those samples.
+    reduce : int
+        As for `low_pass`.
+
+    Returns
+    -------
+    ndarray of bool, shape of the low-pass band
+    """
+    for _ in range(reduce):
+        for axis in (0, 1):
+            if mask.shape[axis] == 1:
+                continue
+            x = np.moveaxis(mask, axis, 0)
+            even, odd = x[0::2], x[1::2]
+            near = even.copy()  # the taps of sample n are at 2n - 2 to 2n + 2
+            near[1:] |= even[:-1]
+            near[:-1] |= even[1:]
+            near[: len(odd)] |= odd
+            near[1:] |= odd[: len(even) - 1]
+            mask = np.moveaxis(near, 0, axis)
+    return mask
 
 
 def _low(image: AnyArray, axis: int) -> AnyArray:

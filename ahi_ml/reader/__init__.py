@@ -272,16 +272,19 @@ class Reader:
         """Read frames from the cache; return the slots of those that must be fetched."""
         started = perf_counter()
         try:
-            frame_ids = [batch.sources.frame_ids[slot] for slot in slots]
-            entries = cache.get_many(self._datastore_id, frame_ids, batch.options.reduce)
-            sources = batch.sources.all()
+            sources, options = batch.sources.all(), batch.options
+            if options.reduce and options.padding != "keep":
+                entries = self._by_level([sources[slot] for slot in slots], options, cache)
+            else:
+                frame_ids = [batch.sources.frame_ids[slot] for slot in slots]
+                entries = cache.get_many(self._datastore_id, frame_ids, options.reduce)
         except BaseException as error:
             batch.finish_many([(slot, error) for slot in slots])
             return []
         read_s = perf_counter() - started
         outcomes: list[tuple[int, AnyArray | BaseException]] = []
         missing: list[int] = []
-        outs, options = batch.outs, batch.options
+        outs = batch.outs
         kind = form = None
         made = verified = 0
         decode_s = convert_s = 0.0
@@ -322,6 +325,10 @@ class Reader:
         batch.finish_many(outcomes)
         return missing
 
+    def _by_level(self, sources: list[FrameSource], options: ReadOptions, cache: FrameCache) -> list[CacheEntry | None]:
+        """Frames of which some are needed whole, others not."""
+        return [cache.get(self._datastore_id, each.frame_id, options.levels(each.profile)) for each in sources]
+
     def _from_cache(self, task: Task, cache: FrameCache) -> None:
         """Look into the cache again, since somebody has fetched the frame."""
         if self._read_cached(task.batch, [task.slot], cache):
@@ -347,7 +354,7 @@ class Reader:
             return
         task.fetches += 1
         # What does not suffice, against expectation, is fetched whole.
-        task.part = part_of(task.source, task.options.reduce) if task.fetches == 1 else None
+        task.part = part_of(task.source, task.options.levels(task.source.profile)) if task.fetches == 1 else None
         future = self._transport.fetch(task.source.image_set_id, task.source.frame_id, task.part)
         task.batch.requests.add(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.

@@ -38,6 +38,8 @@ class Form(NamedTuple):
         Whether it is those very values.
     convert : callable
         Writes it, where it is not.
+    levels : int
+        Resolution levels that decoding leaves out.
     """
 
     shape: tuple[int, ...]
@@ -45,14 +47,16 @@ class Form(NamedTuple):
     decoded: tuple[tuple[int, ...], np.dtype[Any]]
     as_stored: bool
     convert: Conversion
+    levels: int
 
     @classmethod
     def of(cls, kind: FrameProfile, options: ReadOptions) -> Form:
         """The form of frames of a kind. I/O: none."""
-        dtype, pixels = options.result_dtype(kind), kind.pixels.reduced(options.reduce)
+        levels = options.levels(kind)
+        dtype, pixels = options.result_dtype(kind), kind.pixels.reduced(levels)
         as_stored = options.output == "stored" and dtype == pixels.dtype
         shape, convert = kind.shape(options.output, options.reduce), conversion(kind, options)
-        return cls(shape, dtype, (pixels.shape, pixels.dtype), as_stored, convert)
+        return cls(shape, dtype, (pixels.shape, pixels.dtype), as_stored, convert, levels)
 
 
 def make_frame(
@@ -67,7 +71,7 @@ def make_frame(
     source, options : FrameSource, ReadOptions
         Which frame, and what to make of it.
     entry : CacheEntry
-        The encoded frame, or the part of it that `options.reduce` needs.
+        The encoded frame, or the part of it that is to be decoded.
     out : ndarray
         Written to.
     form : Form
@@ -90,7 +94,7 @@ def make_frame(
     if not verified and options.verify and source.checksum is not None:
         # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
         compared = source.profile.checksum_of
-        of_pixels = compared == "samples" and options.reduce == 0
+        of_pixels = compared == "samples" and form.levels == 0
         if compared == "bytes" and entry.whole:
             if crc32(entry.data) != source.checksum:
                 raise _mismatch(source, "encoded bytes", again)
@@ -101,7 +105,7 @@ def make_frame(
     direct = form.as_stored and out.flags.c_contiguous
     try:
         place = out if direct else _scratch_array(*form.decoded)
-        stored = _prepared(source, options.reduce, entry)(place)
+        stored = _prepared(source, form.levels, entry)(place)
     except DecodeError as error:
         where = f"frame {source.frame_id} of image set {source.image_set_id}"
         raise type(error)(f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error

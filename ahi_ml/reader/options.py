@@ -31,7 +31,8 @@ class ReadOptions:
     steps : tuple of FrameStep
         Applied in place, in order, after the output.
     padding : "keep", "mask" or float
-        Pixels equal to the file's padding value stay, become NaN, or become this value.
+        Pixels equal to the file's padding value stay, become NaN, or become this value. So do those of a lower
+        resolution that any padding has part in, which takes the whole frame to tell.
     window : Window, optional
         Instead of the file's own, for "display".
     verify : bool
@@ -62,6 +63,12 @@ class ReadOptions:
             raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
         if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
             raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
+
+    def levels(self, profile: FrameProfile) -> int:
+        """How many resolution levels decoding leaves out: none where padding must be found. I/O: none."""
+        # Between padding and tissue the wavelet makes values of its own, which are equal to neither.
+        whole = self.padding != "keep" and profile.padding is not None and profile.pixels.blends
+        return 0 if whole else self.reduce
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""

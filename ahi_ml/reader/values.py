@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ahi_ml.codec import reached, shrink
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import FrameProfile
 from ahi_ml.pixels import Rescale, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
@@ -27,7 +28,8 @@ def conversion(profile: FrameProfile, options: ReadOptions) -> Conversion:
     Returns
     -------
     callable
-        Takes stored values and the array that the result is written to.
+        Takes stored values, of `ReadOptions.levels` resolution levels below the full one, and the array that the
+        result is written to.
     """
     if options.output == "stored":
         return _copy_exactly
@@ -73,7 +75,8 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
     if isinstance(modality, Rescale) and dtype.kind == "f":  # `into` says what is wrong with another dtype
         convert = modality.writer(profile.pixels.dtype, dtype)
     if profile.padding is not None and options.padding != "keep":
-        convert = partial(_with_padding, convert, profile, options)
+        masked = _with_padding if options.levels(profile) == options.reduce else _with_padding_reduced
+        convert = partial(masked, convert, profile, options)
     if options.output != "display":
         return convert
     window = options.window or profile.voi or (profile.windows[0] if profile.windows else None)
@@ -86,11 +89,23 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
 def _with_padding(
     convert: Conversion, profile: FrameProfile, options: ReadOptions, stored: AnyArray, out: AnyArray
 ) -> None:
-    assert profile.padding is not None
     convert(stored, out)
-    pixels = profile.pixels
-    mask = padding_mask(stored, *profile.padding, signed=pixels.signed, bits=pixels.bits_stored)
+    out[_is_padding(profile, stored)] = np.nan if options.padding == "mask" else options.padding
+
+
+def _with_padding_reduced(
+    convert: Conversion, profile: FrameProfile, options: ReadOptions, whole: AnyArray, out: AnyArray
+) -> None:
+    """Of the stored values at full resolution, where alone padding can be found."""
+    convert(shrink(whole, profile.pixels, options.reduce), out)
+    mask = reached(_is_padding(profile, whole), options.reduce)
     out[mask] = np.nan if options.padding == "mask" else options.padding
+
+
+def _is_padding(profile: FrameProfile, stored: AnyArray) -> AnyArray:
+    assert profile.padding is not None
+    pixels = profile.pixels
+    return padding_mask(stored, *profile.padding, signed=pixels.signed, bits=pixels.bits_stored)
 
 
 def _with_display(convert: Conversion, show: Callable[..., Any], stored: AnyArray, out: AnyArray) -> None:

@@ -24,7 +24,7 @@ from pydicom.pixels import (
 )
 
 from ahi_ml.cache import FrameCache
-from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, jpeg2000, pack_bits
+from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, jpeg2000, pack_bits, reached
 from ahi_ml.errors import (
     ChecksumError,
     ConfigError,
@@ -55,6 +55,7 @@ class Served:
     def __init__(self, answers: dict[str, Any], *, held: bool = False) -> None:
         self.answers = {name: list(each) if isinstance(each, list) else [each] for name, each in answers.items()}
         self.requests: list[str] = []
+        self.parts: dict[str, Any] = {}
         self.held: dict[str, list[Future[bytes]]] | None = {} if held else None
         self.closed = False
         self._thread = ThreadPoolExecutor(1, "served")
@@ -62,6 +63,7 @@ class Served:
     def fetch(self, image_set_id: str, frame_id: str, part: Any = None) -> Future[bytes]:
         assert image_set_id == IMAGE_SET
         self.requests.append(frame_id)
+        self.parts[frame_id] = part
         future: Future[bytes] = Future()
         if self.held is None:
             self._thread.submit(self._answer, frame_id, future)
@@ -642,12 +644,60 @@ class TestLowerResolutions:
         np.testing.assert_array_equal(one(reader.read([source], replace(STORED, reduce=2))), mask[::4, ::4])
         assert reader.stats()["verified"] == 1, "the checksum is of the bytes"
 
-    def test_padding_and_windows(self, reader_of: Callable[..., Reader]) -> None:
+    @pytest.mark.parametrize("reduce", [1, 2, 3])
+    def test_padding_has_no_part_in_what_is_left(self, reader_of: Callable[..., Reader], reduce: int) -> None:
+        image = random_image(6, shape=(80, 77)) >> 4
+        rows, columns = np.ogrid[:80, :77]
+        image[(rows - 40) ** 2 + (columns - 38) ** 2 > 33**2] = -2000
+        tags = {"PixelPaddingValue": -2000, "RescaleSlope": 2.0, "RescaleIntercept": -1.0}
+        kept = self.read(reader_of, image, ReadOptions(reduce=reduce), **tags)
+        read = self.read(reader_of, image, ReadOptions(padding="mask", reduce=reduce), **tags)
+        mask = np.isnan(read)
+        assert np.array_equal(mask, reached(image == -2000, reduce))
+        assert 0 < mask.mean() < 1
+        assert np.array_equal(read[~mask], kept[~mask])
+        other = image.copy()
+        other[image == -2000] = 2047  # nothing that is left depends on it
+        np.testing.assert_array_equal(
+            read,
+            self.read(
+                reader_of, other, ReadOptions(padding="mask", reduce=reduce), **{**tags, "PixelPaddingValue": 2047}
+            ),
+        )
+        replaced = self.read(reader_of, image, ReadOptions(padding=-5.0, reduce=reduce), **tags)
+        np.testing.assert_array_equal(replaced, np.where(mask, -5, kept))
+
+    def test_padding_of_masks_is_sampled(self, reader_of: Callable[..., Reader]) -> None:
+        labels = random_image(7, "uint8") % 4
+        tags = {"PixelPaddingValue": 3, "SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.7"}
+        read = self.read(reader_of, labels, ReadOptions(padding="mask", reduce=1), **tags)
+        np.testing.assert_array_equal(read, np.where(labels == 3, np.nan, labels)[::2, ::2])
+
+    def test_padding_needs_whole_frames_others_do_not(self, reader_of: Any, cache: FrameCache) -> None:
+        image = np.random.default_rng(5).integers(0, 3000, (64, 64)).astype(np.int16)
+        blob = jpeg2000.encode_htj2k(image)
+        tags = {"StoredTransferSyntaxUID": HTJ2K_LOSSLESS_RPCL}
+        padded = source_of("a" * 32, image, **tags, PixelPaddingValue=7)
+        plain = source_of("b" * 32, image, **tags)
+        served = Served({"a" * 32: blob, "b" * 32: blob})
+        reader = reader_of(served)
+        options = ReadOptions(padding="mask", reduce=1)
+        fresh = [array.copy() for array in reader.read([padded, plain], options, cache=cache)]
+        assert served.parts["a" * 32] is None
+        assert served.parts["b" * 32] is not None
+        for _ in range(4):  # read, then mapped
+            for array, expected in zip(reader.read([plain, padded], options, cache=cache), fresh[::-1], strict=True):
+                np.testing.assert_array_equal(array, expected)
+            np.testing.assert_array_equal(one(reader.read([padded], STORED, cache=cache)), image)
+            np.testing.assert_array_equal(
+                one(reader.read([plain], replace(options, padding="keep"), cache=cache)), fresh[1]
+            )
+        assert len(served.requests) == 2
+        assert reader.stats()["verified"] >= 9
+
+    def test_windows(self, reader_of: Callable[..., Reader]) -> None:
         image = np.full((16, 16), 100, np.int16)
         image[:8] = -2000
-        read = self.read(reader_of, image, ReadOptions(padding="mask", reduce=1), PixelPaddingValue=-2000)
-        assert np.isnan(read[:3]).all()
-        assert (read[5:] == 100).all()
         shown = ReadOptions(output="display", window=Window(100, 100), reduce=1)
         read = self.read(reader_of, image, shown)
         assert (read[:3] == 0).all()

@@ -163,7 +163,7 @@ class DerivedTier:
         for slot, (key, kept) in enumerate(zip(keys, all_kept, strict=True)):
             verdict: bool | None = None
             if kept is not None and ((shelf is not None and kept.shelf is shelf) or _copy(kept, outs[slot])):
-                verdict = kept.verified if sample(SAMPLE_BITS) or crc32(outs[slot]) == kept.checksum else None
+                verdict = kept.verified if sample(SAMPLE_BITS) or self._is_sound(key, kept, outs[slot]) else None
             if verdict is None:
                 verdict = self._read(key, outs[slot], doubted=kept is not None)
             if verdict is not None:
@@ -175,6 +175,10 @@ class DerivedTier:
             state.stats.derived_misses += misses
             state.stats.bytes += total
         return found
+
+    def _is_sound(self, key: str, kept: _Mapped, out: AnyArray) -> bool:
+        """Whether a mapped entry, which was copied, is still in the folder, and its pixels are what was written."""
+        return os.path.exists(self._folder.place(self._name(key))) and crc32(out) == kept.checksum
 
     def _read(self, key: str, out: AnyArray, *, doubted: bool) -> bool | None:
         """Read one entry from its file, quickly unless it is doubted, and map it if it was read before."""
@@ -205,6 +209,10 @@ class DerivedTier:
             if checksum is None or not head.startswith((fit.verified, fit.unverified)):
                 return None
             pixels = raw[DERIVED_START:].view(fit.dtype).reshape(fit.shape)
+            if crc32(pixels) != checksum:  # what was read before may have been another: two names may share a mark
+                self._folder.drop(path)
+                self._folder.count(corrupt=1)
+                return None
             return _Mapped(pixels, head.startswith(fit.verified), checksum, mark, shelf if put else None, row)
 
         return self._folder.map((self._token, key), path, make)

@@ -113,23 +113,27 @@ class CacheFolder:
         Bound of its size; see `FrameCache`.
     private : bool
         Whether to refuse a folder that others can look into.
+    mapped : bool
+        Whether entries that are read again are mapped into memory, where that can be.
 
     I/O: none until used.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int | None = None, private: bool = True) -> None:
+    def __init__(self, path: Path, *, max_bytes: int | None = None, private: bool = True, mapped: bool = True) -> None:
         if max_bytes is not None and max_bytes <= 0:
             raise ConfigError(f"max_bytes must be positive, not {max_bytes}; cache=None reads without a cache")
         self.path = path
         self.max_bytes = max_bytes
         self.private = private
+        self.mapped = mapped
         self.entries = f"{path}{os.sep}frames{os.sep}"
         self._parts = f"{path}{os.sep}parts"
         self.file_mode, self._folder_mode = (0o600, 0o700) if private else (0o666, 0o777)
         self._state = PerProcess(FolderState)
 
     def __reduce__(self) -> tuple[Callable[..., CacheFolder], tuple[Path]]:
-        return partial(CacheFolder, max_bytes=self.max_bytes, private=self.private), (self.path,)
+        make = partial(CacheFolder, max_bytes=self.max_bytes, private=self.private, mapped=self.mapped)
+        return make, (self.path,)
 
     def state(self) -> FolderState:
         """Return what this process knows of the folder. I/O: none."""
@@ -275,7 +279,7 @@ class CacheFolder:
         state = self._state.get()
         most = int((state.most_bytes or self.max_bytes or _MOST_BYTES) * _MAPPED)
         if state.maps is None:
-            state.maps = may_map(os.fspath(self.path))
+            state.maps = self.mapped and may_map(os.fspath(self.path))
         if not state.maps or not state.mapped.room(most):
             return None
         try:

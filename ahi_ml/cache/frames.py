@@ -62,6 +62,10 @@ class FrameCache:
     encrypt, decrypt : callable, optional
         From bytes to bytes: around everything that is written, in the folder and in the remote tier; see `Cipher`.
         Decoded results are then read at a fraction of the speed, lower resolutions from the whole frame.
+    mapped : bool
+        Whether what a process reads again is mapped into its memory (on Linux, on a local disk). Its resident size then
+        counts files of the cache, up to a quarter of the bound, which the system takes back when it needs memory;
+        False is for schedulers that end processes by that number, and slower.
 
     I/O: none until used.
 
@@ -87,12 +91,13 @@ class FrameCache:
         remote_options: Mapping[str, Any] | None = None,
         encrypt: Callable[[bytes], bytes] | None = None,
         decrypt: Callable[[bytes], bytes] | None = None,
+        mapped: bool = True,
     ) -> None:
         if (encrypt is None) != (decrypt is None):
             raise ConfigError("encrypt and decrypt belong together: what one writes, the other reads")
         self.folder = folder
         self.max_bytes = max_bytes
-        self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private)
+        self._folder = CacheFolder(folder, max_bytes=max_bytes, private=private, mapped=mapped)
         self._cipher = Cipher(encrypt, decrypt) if encrypt is not None and decrypt is not None else None
         self.claims = Claims(self._folder)
         self._flights = PerProcess(partial(Flights, self.claims))
@@ -216,7 +221,11 @@ class FrameCache:
         kept = kept or self._folder.map(key, self._folder.place(name), make)
         part = kept.header.part(reduce) if kept is not None else None
         entry = self._entry(kept.header, kept.data[: part[0]]) if kept is not None and part is not None else None
-        if kept is not None and entry is not None:
+        if kept is not None and part is not None and entry is not None:
+            if crc32(entry.data) != part[1]:  # what was read before may have been another: two names may share a mark
+                self.drop(*key)
+                self._folder.count(corrupt=1)
+                return None
             entry = entry._replace(notes={})
             kept.parts[reduce] = entry, hash((name, reduce))
         return entry

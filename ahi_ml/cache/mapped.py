@@ -17,12 +17,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ahi_ml.cache.pages import Shelf
+from ahi_ml.cache.pages import Shelf, is_full
 
 __all__ = ["MappedEntries", "may_map"]
 
 _LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
-_MOST = 16_384  # entries: Linux lets a process have 65,530 mappings
 _TAKE_PLACE = 1 / 32  # of those that find no room: data that does not fit must not be mapped anew all the time
 _SHELVES = 16  # forms of entries; those of others lie by themselves
 
@@ -69,7 +68,9 @@ class MappedEntries(Generic[Entry]):
 
     def room(self, most_bytes: int) -> bool:
         """Whether one more should be mapped: there is room, or it is its turn to take the place of others."""
-        return (len(self._places) < _MOST and self._bytes < most_bytes) or self._random.random() < _TAKE_PLACE
+        if not is_full() and self._bytes < most_bytes:
+            return True
+        return bool(self._places) and self._random.random() < _TAKE_PLACE
 
     def shelf(self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int) -> Shelf | None:
         """Where entries are mapped that hold arrays of a form; None where they cannot lie side by side. I/O: none."""
@@ -87,7 +88,9 @@ class MappedEntries(Generic[Entry]):
         """Keep an entry of some bytes; the oldest go when there is no room."""
         with self._lock:
             self._forget(path)
-            while self._places and (len(self._places) >= _MOST or self._bytes + size > most_bytes):
+            if self._places and is_full():
+                self._forget(next(iter(self._places)))
+            while self._places and self._bytes + size > most_bytes:
                 self._forget(next(iter(self._places)))
             self._entries[key], self._places[path] = entry, (key, size)
             self._bytes += size

@@ -6,21 +6,27 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ahi_ml.types import AnyArray
 
-__all__ = ["Shelf", "map_file"]
+__all__ = ["Shelf", "is_full", "map_file"]
 
 _NO_ACCESS, _READ = 0, 1
 _SHARED, _RESERVED, _THERE = 0x01, 0x22, 0x10  # MAP_SHARED, MAP_PRIVATE | MAP_ANONYMOUS, MAP_FIXED
 _FAILED = ctypes.c_void_p(-1).value
 _MOST_PLACES = 1 << 14
-_MOST_ADDRESSES = 1 << 36  # a shelf; what is not used costs nothing
+_MOST_ADDRESSES = 1 << 36  # a shelf; what is not used costs nothing,
+_OF_A_LIMIT = 64  # unless addresses are limited: then it takes one in so many
+_USUAL_MAPPINGS = 65_530  # that Linux lets a process have
+_MAPPED: set[int] = (
+    set()
+)  # addresses of the files this process has mapped, of all caches: their number is the process's
 _WIDEST = 8  # rows a place
 
 
@@ -41,6 +47,30 @@ def _mmap(address: int | None, size: int, access: int, kind: int, descriptor: in
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return found
+
+
+@lru_cache(maxsize=1)
+def _most_files() -> int:
+    """How many files may be mapped: each is two mappings, itself and the gap behind it, and others need some too."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_bytes()) // 4
+    except (OSError, ValueError):
+        return _USUAL_MAPPINGS // 4
+
+
+def is_full() -> bool:
+    """Whether this process has mapped as many files as it should: at the system's bound nothing works any more.
+
+    I/O: reads the bound, the first time.
+    """
+    return len(_MAPPED) >= _most_files()
+
+
+def _most_addresses() -> int:
+    import resource  # Linux has it
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return _MOST_ADDRESSES if limit == resource.RLIM_INFINITY else min(_MOST_ADDRESSES, limit // _OF_A_LIMIT)
 
 
 class _Addresses:
@@ -71,7 +101,14 @@ def map_file(descriptor: int, size: int) -> AnyArray:
     OSError
         The system refuses.
     """
-    return _bytes(_mmap(None, size, _READ, _SHARED, descriptor), size, _libc().munmap)
+    first = _mmap(None, size, _READ, _SHARED, descriptor)
+    _MAPPED.add(first)
+    return _bytes(first, size, partial(_unmap, _libc().munmap, _MAPPED.discard))
+
+
+def _unmap(munmap: Any, forget: Callable[[int], None], first: int, size: int) -> None:
+    forget(first)  # before somebody else may have the address
+    munmap(first, size)
 
 
 class Shelf:
@@ -103,14 +140,17 @@ class Shelf:
         place *= math.ceil((start + row) / max(place, 1))
         if not 0 < place <= _WIDEST * row:
             raise ValueError(f"files of {row} bytes cannot be mapped side by side")
-        places = min(_MOST_PLACES, _MOST_ADDRESSES // place)
+        places = min(_MOST_PLACES, _most_addresses() // place)
         if not places:
             raise ValueError(f"files of {row} bytes are too large to be mapped side by side")
         size = places * place + PAGESIZE
         self.file_size, self._place, self._rows_a_place = start + row, place, place // row
         self._first = _mmap(None, size, _NO_ACCESS, _RESERVED, -1)
         self._free = list(range(places))[::-1]
-        self._mmap = _libc().mmap  # there even when the interpreter ends and globals are gone
+        self._mmap, self._forget = (
+            _libc().mmap,
+            _MAPPED.discard,
+        )  # there even when the interpreter ends and globals are gone
         reserved = _bytes(self._first, size, _libc().munmap)
         self._rows = reserved[start : start + places * place].view(dtype).reshape(-1, *shape)
 
@@ -134,11 +174,13 @@ class Shelf:
         except IndexError:
             return None
         first = self._first + number * self._place
+        _MAPPED.add(first)
         raw = _bytes(first, self.file_size, self._take_back)
         _mmap(first, self.file_size, _READ, _SHARED | _THERE, descriptor)
         return raw, number * self._rows_a_place
 
     def _take_back(self, first: int, size: int) -> None:
+        self._forget(first)
         if self._mmap(first, size, *self._EMPTY) == first:
             self._free.append((first - self._first) // self._place)
 

@@ -143,6 +143,7 @@ class FrameDataset(Dataset[Item]):
             padding=options.padding,
             window=options.window,
             reduce=options.reduce,
+            verify=options.verify,  # or who verifies would be given what somebody else did not look at
         )
         if described is None:
             _LOG.warning("images are not kept in the cache: a pixel step has no fingerprint that would tell a change")

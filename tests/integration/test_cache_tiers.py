@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,29 @@ def test_another_rescale_is_another_result(store: ahi_ml.DataStore) -> None:
     edited = store.search(primary=None).where(modality="CT").index()
     after = images(ahi_ml.FrameDataset(store, edited, cache_decoded=True))[0]
     np.testing.assert_allclose((before - after).numpy(), 2000 - 1024)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_what_nobody_verified_is_not_given_to_whoever_verifies(store: ahi_ml.DataStore, decoded: bool) -> None:
+    index = store.search(primary=None).where(modality="CT").index()
+    expected = images(ahi_ml.FrameDataset(store, index, cache=None, output="stored"))[0]
+    transport = store.reader._transport
+    fetch = transport.fetch
+
+    def damaged(image_set_id: str, frame_id: str, part: Any = None) -> Any:
+        data = bytearray(fetch(image_set_id, frame_id).result())
+        data[len(data) // 2] ^= 0x55
+        future: Future[bytes] = Future()
+        future.set_result(bytes(data))
+        return future
+
+    transport.fetch = damaged  # type: ignore[method-assign]
+    lax = images(ahi_ml.FrameDataset(store, index, output="stored", cache_decoded=True, verify=False))[0]
+    assert not torch.equal(lax, expected)
+    transport.fetch = fetch  # type: ignore[method-assign]
+    for _ in range(3):
+        found = images(ahi_ml.FrameDataset(store, index, output="stored", cache_decoded=decoded))[0]
+        assert torch.equal(found, expected)
 
 
 def test_a_step_of_others_is_not_kept(store: ahi_ml.DataStore, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import pickle
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -123,10 +124,15 @@ class TestBound:
         assert not entries.room(40), "as many bytes"
         entries.add(4, "4", 44, 10, 45)
         assert [entries.get(number) for number in range(1, 5)] == [1, 2, 3, 44]
-        monkeypatch.setattr(mapped, "_MOST", 3)
+        monkeypatch.setattr(mapped, "is_full", lambda: True)
         assert not entries.room(10**6), "as many entries"
         entries.add(9, "9", 9, 1, 10**6)
-        assert [entries.get(number) for number in (1, 2, 3, 4, 9)] == [None, None, 3, 44, 9]
+        assert [entries.get(number) for number in (1, 2, 3, 4, 9)] == [None, 2, 3, 44, 9], "one for one"
+        monkeypatch.setattr(mapped, "_TAKE_PLACE", 1.0)
+        assert entries.room(10**6)
+        assert not MappedEntries().room(10**6), "it has none to give"
+        monkeypatch.setattr(mapped, "_TAKE_PLACE", 0.0)
+        monkeypatch.setattr(mapped, "is_full", lambda: False)
         entries.forget("3")
         entries.forget("none")
         assert entries.get(3) is None
@@ -134,6 +140,37 @@ class TestBound:
         entries.clear()
         assert entries.get(44) is None
         assert entries.room(1)
+
+    @pytest.mark.parametrize("rows", [ROWS, ROWS[:, :60, :61]])
+    def test_all_caches_of_a_process_together(
+        self, cache: FrameCache, monkeypatch: pytest.MonkeyPatch, rows: AnyArray
+    ) -> None:
+        rows, before = np.ascontiguousarray(rows), len(pages._MAPPED)
+        monkeypatch.setattr(pages, "_most_files", lambda: before + 8)
+        caches = [cache, FrameCache(cache.folder), FrameCache(cache.folder.parent / "other")]
+        tiers = [each.derived(STORE, "recipe") for each in caches]
+        for tier in tiers:
+            for number, row in enumerate(rows):
+                tier.write(FRAMES[number], row, True)
+        put(caches[0], FRAMES)
+        for _ in range(40):
+            for tier in tiers:
+                out = np.zeros_like(rows)
+                assert tier.read_many(FRAMES, out) == [True] * 12
+                np.testing.assert_array_equal(out, rows)
+            assert read(caches[0], FRAMES[3])[1:] == DATA
+        assert len(pages._MAPPED) == before + 8
+        assert mappings(cache.folder.parent) == 8
+        del tier
+        for each in caches:
+            each.clear()
+            each._folder.state().mapped.clear()
+        assert mappings(cache.folder.parent) == 0
+        assert len(pages._MAPPED) == before
+
+    def test_half_of_what_the_system_allows(self) -> None:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        assert 1000 < pages._most_files() <= most // 4, "each is two mappings"
 
     def test_what_does_not_fit_is_seldom_mapped(self) -> None:
         entries: MappedEntries[int] = MappedEntries()
@@ -148,10 +185,15 @@ class TestBound:
             read(cache, frame)
         assert mappings(cache.folder) == 5
 
+    @pytest.mark.parametrize("asked", [False, True])
     def test_where_entries_are_not_mapped(
-        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch, asked: bool
     ) -> None:
-        monkeypatch.setattr(folder, "may_map", lambda _: False)
+        if asked:
+            cache = pickle.loads(pickle.dumps(FrameCache(cache.folder, mapped=False)))
+            tier = cache.derived(STORE, "recipe")
+        else:
+            monkeypatch.setattr(folder, "may_map", lambda _: False)
         put(cache)
         tier.write(FRAMES[0], IMAGE, True)
         for _ in range(4):
@@ -226,6 +268,19 @@ class TestFrames:
         path.unlink()
         assert any(cache.get(STORE, FRAMES[0]) is None for _ in range(3000))
         assert not cache._folder.state().mapped._places
+
+    def test_what_shares_a_mark_with_another_is_checked_all_the_same(self, cache: FrameCache) -> None:
+        put(cache, FRAMES[:2])
+        for frame in FRAMES[:2]:
+            cache._folder.state().marks.note(hash((cache.name(STORE, frame), 0)))
+        path = Path(cache._path(STORE, FRAMES[0]))
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+        assert cache.get(STORE, FRAMES[0]) is None
+        assert cache.get(STORE, FRAMES[1]) is not None
+        assert cache.stats()["corrupt"] == 1
+        assert not path.exists()
 
     @pytest.mark.parametrize("how", ["deleted", "replaced"])
     def test_what_goes_while_it_is_mapped_is_not_kept(
@@ -351,6 +406,31 @@ class TestResults:
         assert not path.exists()
         assert mappings(cache.folder) == 0
 
+    def test_what_shares_a_mark_with_another_is_checked_all_the_same(
+        self, cache: FrameCache, tier: DerivedTier, image: AnyArray
+    ) -> None:
+        tier.write(FRAMES[0], image, True)
+        tier._marks.get().note(hash(tier._name(FRAMES[0])))
+        path = Path(tier._folder.place(tier._name(FRAMES[0])))
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+        assert tier.read_into(FRAMES[0], np.zeros_like(image)) is None
+        assert cache.stats()["corrupt"] == 1
+        assert not path.exists()
+
+    def test_what_another_process_deletes_is_let_go_of_by_sampling(
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch, image: AnyArray
+    ) -> None:
+        monkeypatch.setattr("ahi_ml.cache.derived.SAMPLE_BITS", 6)
+        out = np.zeros_like(image)
+        tier.write(FRAMES[0], image, True)
+        for _ in range(3):
+            assert tier.read_into(FRAMES[0], out)
+        Path(tier._folder.place(tier._name(FRAMES[0]))).unlink()
+        assert any(tier.read_into(FRAMES[0], out) is None for _ in range(3000))
+        assert mappings(cache.folder) == 0
+
 
 def side_by_side(tier: DerivedTier, rows: AnyArray = ROWS) -> None:
     """Write results and read them until they are mapped."""
@@ -456,8 +536,11 @@ class TestSideBySide:
         np.testing.assert_array_equal(out, ROWS)
         assert by_one_call == [12]
 
-    def test_where_addresses_are_few_they_lie_by_themselves(self, cache: FrameCache, tier: DerivedTier) -> None:
+    def test_where_addresses_are_few_they_lie_by_themselves(
+        self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         resource = pytest.importorskip("resource")
+        monkeypatch.setattr(pages, "_most_addresses", lambda: 1 << 36)
         before = resource.getrlimit(resource.RLIMIT_AS)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), before[1]))
@@ -470,6 +553,14 @@ class TestSideBySide:
         np.testing.assert_array_equal(out, ROWS)
         assert mappings(cache.folder) == 12
         assert not len(tier._folder.state().mapped._shelves)
+
+    def test_a_limit_of_addresses_is_left_to_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        resource = pytest.importorskip("resource")
+        free = len(Shelf(np.dtype(np.float32), (512, 512), 64)._free)
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (40 << 30, 40 << 30))
+        shelf = Shelf(np.dtype(np.float32), (512, 512), 64)
+        assert 100 < len(shelf._free) < free
+        assert len(shelf._free) * shelf._place <= (40 << 30) // 64
 
     def test_places_are_used_again_and_addresses_given_back(
         self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch

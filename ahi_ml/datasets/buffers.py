@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ _WORTH = 1 << 20  # bytes: smaller arrays the allocator gives again without new 
 
 
 class BufferPool:
-    """Batch buffers, used again once no tensor refers to them.
+    """Batch buffers, used again once no tensor refers to them. Threads may share it.
 
     Parameters
     ----------
@@ -25,16 +26,25 @@ class BufferPool:
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._free: list[AnyArray] = []
+        self._free: deque[AnyArray] = deque(maxlen=most)  # of shapes that no longer come, the oldest go first
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
         """An array of this form, recycled when there is one."""
-        for number in reversed(range(len(self._free))):  # what was used last may still be in the processor's cache
-            array = self._free[number]
+        others: deque[AnyArray] = deque()
+        found = None
+        # Without a lock: a batch may come back, by a finalizer, at any step of this very thread. What was used last may
+        # still be in the processor's cache.
+        while found is None and self._free:
+            try:
+                array = self._free.pop()
+            except IndexError:  # another thread has it
+                break
             if array.shape == shape and array.dtype == dtype:
-                return self._free.pop(number)
-        return np.empty(shape, dtype)
+                found = array
+            else:
+                others.appendleft(array)
+        self._free.extend(others)
+        return np.empty(shape, dtype) if found is None else found
 
     def lend(self, array: AnyArray) -> torch.Tensor:
         """The array as a tensor; it comes back when the last tensor over it is gone."""
@@ -47,4 +57,3 @@ class BufferPool:
 
     def _give_back(self, array: AnyArray) -> None:
         self._free.append(array)
-        del self._free[: -self._most]  # of shapes that no longer come, the oldest go first

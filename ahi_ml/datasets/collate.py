@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from ahi_ml.errors import DataError
 
-__all__ = ["collate", "list_collate", "pad_collate"]
+__all__ = ["collate", "list_collate", "pad_collate", "stack_as_anywhere"]
 
-_LISTED = 4  # items that a message names
+_LISTED = 4  # shapes that a message names
 
 
 def collate(items: Sequence[Any]) -> Any:
@@ -94,8 +96,24 @@ def _tensors(items: Sequence[Any]) -> list[str]:
 
 def _shapes(items: Sequence[Mapping[str, Any]], name: str) -> str:
     """What a message says of tensors that differ."""
-    listed = ", ".join(
-        f"{item.get('key', place)}: {tuple(item[name].shape)}" for place, item in enumerate(items[:_LISTED])
-    )
-    more = ", ..." if len(items) > _LISTED else ""
-    return f"{name}s of {len({item[name].shape for item in items})} shapes ({listed}{more})"
+    first = {item[name].shape: item.get("key") for item in reversed(items)}  # of each shape
+    listed = [f"{key}: {tuple(shape)}" for shape, key in reversed(first.items())]
+    more = ", ..." if len(listed) > _LISTED else ""
+    return f"{name}s of {len(first)} shapes ({', '.join(listed[:_LISTED])}{more})"
+
+
+def stack_as_anywhere() -> None:
+    """Have torch's collation give in this process, a worker, the dtype that it gives in the main one.
+
+    There, torch stacks tensors of several dtypes into what holds them all; in a worker it writes them into shared
+    memory of the first one's dtype, and values wrap. I/O: none.
+    """
+    default_collate_fn_map[torch.Tensor] = _stack
+
+
+def _stack(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        common = reduce(torch.promote_types, dtypes)
+        tensors = [tensor.to(common) for tensor in tensors]
+    return collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]

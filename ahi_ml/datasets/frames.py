@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any, Literal
@@ -16,10 +17,12 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ahi_ml.cache import FrameCache, ResultTier, recipe
 from ahi_ml.datasets.buffers import BufferPool
+from ahi_ml.datasets.collate import stack_as_anywhere
 from ahi_ml.datasets.pending import KnownRows, PendingBatch, TensorOptions, channels_last
 from ahi_ml.datasets.profile import Meters, Profile
 from ahi_ml.datasets.seeding import SeededTransform, SharedEpoch
 from ahi_ml.datasets.segments import SegmentPool
+from ahi_ml.datasets.targets import Targets
 from ahi_ml.errors import AhiError, ConfigError, DataError, MetadataError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.perprocess import PerProcess
@@ -36,6 +39,7 @@ Transform = Callable[..., Item]
 
 _SKIP_RATE = 0.01
 _SKIP_GRACE = 5
+_LOOKED_AT = 256  # rows at a time
 
 
 class FrameDataset(Dataset[Item]):
@@ -80,8 +84,9 @@ class FrameDataset(Dataset[Item]):
         Keep images in the cache too, as the options and pixel steps make them (not what a callable makes of
         them): much faster to read again, and several times the space.
     on_error : {"raise", "skip"}
-        Whether a frame that cannot be read ends the run, or the next one that can takes its place.
-        More than 1 % of skipped frames raise all the same.
+        Whether a frame that cannot be read ends the run, or the next one of its form that can takes its place.
+        More than 1 % of skipped frames (and more than five), of all workers and epochs, raise all the same. Logged at
+        level INFO, counted in `profile`.
     verify : bool
         Compare with the data store's checksums.
     seed : int or None
@@ -121,14 +126,12 @@ class FrameDataset(Dataset[Item]):
         self._meters = Meters()
         self._buffers = PerProcess(_make_buffers)
         self.options = TensorOptions(output, dtype, steps, padding, window, verify, reduce)
-        self._target = target
-        self._target_column = index.column(target) if isinstance(target, str) else None
+        self._targets = None if target is None else Targets(target, index)
         self.cache = (
             store.cache if cache == "store" else FrameCache.at(cache) if isinstance(cache, str | os.PathLike) else cache
         )
         self._derived = self._results() if cache_decoded else None
         self._on_error = on_error
-        self._read = self._skipped = 0
         self._settled = False
 
     def _results(self) -> ResultTier | None:
@@ -158,13 +161,12 @@ class FrameDataset(Dataset[Item]):
         return f"<FrameDataset: {len(self):,} frames of {self.store!r}, output={self.options.output!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The column is in the index; its file travels, not the values.
-        return {**self.__dict__, "_target_column": None, "_read": 0, "_skipped": 0, "_settled": False}
+        return {**self.__dict__, "_settled": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self._target, str):
-            self._target_column = self.index.column(self._target)
+        if self._targets is not None:
+            self._targets = self._targets.for_rows(self.index)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch items are read for, here and in workers that run: another epoch, another augmentation.
@@ -176,7 +178,7 @@ class FrameDataset(Dataset[Item]):
     @property
     def transforms_items(self) -> bool:
         """Whether items pass through a callable of the user's, which may keep them or change them."""
-        return self._transform is not None or callable(self._target)
+        return self._transform is not None or (self._targets is not None and self._targets.sees_items)
 
     def __getitem__(self, row: Any) -> Any:
         """The item of a row; a slice or a boolean mask gives a dataset of those rows.
@@ -187,11 +189,13 @@ class FrameDataset(Dataset[Item]):
         ------
         IndexError
             No such row.
+        TypeError
+            It is no whole number.
         AhiError
             The frame cannot be read; the message names it.
         """
-        if isinstance(row, slice | np.ndarray | list) or (isinstance(row, torch.Tensor) and row.ndim):
-            key = row.numpy() if isinstance(row, torch.Tensor) else row
+        if isinstance(row, slice | range | list) or (isinstance(row, np.ndarray | torch.Tensor) and row.ndim):
+            key = row.numpy() if isinstance(row, torch.Tensor) else list(row) if isinstance(row, range) else row
             selected = FrameDataset.__new__(FrameDataset)
             own = {
                 "index": self.index[key],
@@ -201,13 +205,14 @@ class FrameDataset(Dataset[Item]):
             }
             selected.__setstate__({**self.__getstate__(), **own})
             return selected
-        return self.__getitems__([row])[0]
+        return self.__getitems__([operator.index(row)])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Item]:
         """The items of some rows, in their order, read at the same time; see `__getitem__`."""
         if not self._settled and get_worker_info() is not None:
             # A full collection writes to every object that a forked worker inherited, and so copies them all.
             gc.freeze()
+            stack_as_anywhere()
             self._settled = True
         buffers = self._buffers.get()
         return self.items(self.submit(self.look_up(rows), buffers.take), buffers)
@@ -299,12 +304,16 @@ class FrameDataset(Dataset[Item]):
         for row, image, key, *values in zip(rows.numbers, images, rows.keys, *ids.values(), strict=True):
             meta = dict(zip(ids, values, strict=True))
             item: Item = {"image": image, "key": key, "meta": meta}
-            if self._target is not None or self._transform is not None:
+            if self._targets is not None or self._transform is not None:
                 before = perf_counter()
-                if self._target is not None:
-                    item["target"] = self._target_of(int(row), item)
-                if self._transform is not None:
-                    item = self._transform(item, epoch, stands_still=still and not items)
+                try:
+                    if self._targets is not None:
+                        item["target"] = self._targets.of(int(row), item)
+                    if self._transform is not None:
+                        item = self._transform(item, epoch, stands_still=still and not items)
+                except Exception as error:
+                    error.add_note(f"while the item of row {row} was made, {key}")
+                    raise
                 transform_s += perf_counter() - before
             items.append(item)
         self._meters.add(transform_s=transform_s, collate_s=perf_counter() - started - transform_s)
@@ -319,9 +328,9 @@ class FrameDataset(Dataset[Item]):
         rows = self._arrived(pending)
         started = perf_counter()
         batch = {"key": rows.keys, "meta": {name: _column(values) for name, values in rows.ids.items()}}
-        if self._target is not None:
+        if self._targets is not None:
             targets = [
-                self._target_of(int(row), {"key": key, "meta": dict(zip(rows.ids, values, strict=True))})
+                self._targets.of(int(row), {"key": key, "meta": dict(zip(rows.ids, values, strict=True))})
                 for row, key, *values in zip(rows.numbers, rows.keys, *rows.ids.values(), strict=True)
             ]
             batch["target"] = default_collate(targets)
@@ -339,7 +348,6 @@ class FrameDataset(Dataset[Item]):
                 if isinstance(outcome, BaseException):
                     numbers[slot] = self._replace(pending, slot, outcome)
             rows = self.look_up(numbers)
-        self._read += len(rows)
         return rows
 
     def _measure(self, pending: PendingBatch, started: float) -> None:
@@ -371,35 +379,39 @@ class FrameDataset(Dataset[Item]):
         if self._on_error == "raise" or not isinstance(error, AhiError):
             raise error
         row = int(pending.rows.numbers[slot])
-        for step in range(1, len(self)):
-            self._skipped += 1
-            self._meters.add(skipped=1)
-            if self._skipped > max(_SKIP_GRACE, _SKIP_RATE * (self._read + len(pending.rows))):
-                raise DataError(
-                    f"{self._skipped} frames could not be read, more than {_SKIP_RATE:.0%}: "
-                    f"the last is row {row}: {error}"
-                ) from error
-            other = self.submit(self.look_up([(row + step) % len(self)]))
+        self._skip(row, error)
+        for other_row in self._alike_after(row, pending.rows.sources.kinds, slot):
+            other = self.submit(self.look_up([other_row]))
             outcome = other.batch.outcomes()[0]
             if not isinstance(outcome, BaseException):
                 pending.images = list(pending.images)
                 pending.images[slot] = other.images[0]
-                return int(other.rows.numbers[0])
+                return other_row
+            if not isinstance(outcome, AhiError):
+                raise outcome
+            self._skip(other_row, outcome)
         raise error
 
-    def _target_of(self, row: int, item: Item) -> Any:
-        if self._target_column is not None:
-            return self._target_column[row].as_py()
-        if callable(self._target):
-            return self._target(item)
-        assert isinstance(self._target, Mapping)
-        meta = item["meta"]
-        for key in (item["key"], meta["sop_instance_uid"], meta["series_instance_uid"]):
-            if key in self._target:
-                return self._target[key]
-        raise ConfigError(
-            f"the target mapping has no entry for the frame in row {row} (by key, SOP instance UID or series UID)"
-        )
+    def _skip(self, row: int, error: AhiError) -> None:
+        """Count a frame that is left out, unless that is one too many."""
+        self._meters.add(skipped=1)
+        skipped, frames = self._meters.total("skipped"), self._meters.total("frames")
+        if skipped > max(_SKIP_GRACE, _SKIP_RATE * frames):
+            raise DataError(
+                f"{skipped:.0f} of {frames:,.0f} frames could not be read, more than {_SKIP_RATE:.0%}: "
+                f"the last is row {row}: {error}"
+            ) from error
+        _LOG.info("row %d is skipped: %s", row, error)
+
+    def _alike_after(self, row: int, kinds: Sequence[FrameProfile | MetadataError], slot: int) -> Iterator[int]:
+        """The rows after one, from the end on to the start, whose images have the form of its batch."""
+        usable = (kind for kind in (kinds[slot], *kinds) if not isinstance(kind, MetadataError))
+        form = next(map(self._form, usable), None)
+        for start in range(1, len(self), _LOOKED_AT):
+            rows = (row + np.arange(start, min(start + _LOOKED_AT, len(self)))) % len(self)
+            for number, kind in zip(rows.tolist(), self.index.sources(rows).kinds, strict=True):
+                if not isinstance(kind, MetadataError) and form in (None, self._form(kind)):
+                    yield number
 
 
 def _column(values: list[Any]) -> Any:
@@ -415,7 +427,7 @@ def _make_buffers() -> BufferPool | SegmentPool:
 def _divide_transform(transform: Any) -> tuple[tuple[FrameStep, ...], Transform | None]:
     if transform is None:
         return (), None
-    if hasattr(transform, "apply") and not isinstance(transform, torch.nn.Module):
+    if hasattr(transform, "apply") and not callable(transform):
         return (transform,), None
     if isinstance(transform, list | tuple):
         if not all(hasattr(step, "apply") for step in transform):

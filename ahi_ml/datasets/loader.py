@@ -89,11 +89,10 @@ class FrameLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self._drop_last = drop_last
-        self.sampler: Iterable[int] = (
-            ResumableSampler(dataset, seed=seed, shuffle=shuffle, num_replicas=1, rank=0)
-            if sampler is None
-            else sampler
-        )
+        if sampler is None:
+            sampler = ResumableSampler(dataset, seed=seed, shuffle=shuffle, num_replicas=1, rank=0)
+            sampler.tells_dataset = False  # another loader may be reading it, in another epoch
+        self.sampler: Iterable[int] = sampler
         self._epoch = self._skip = 0  # of another kind of sampler: next epoch, samples of it to leave out
         self._latest: _Progress | None = None
         self._since = Profile(dataset.meters)
@@ -133,7 +132,9 @@ class FrameLoader:
         latest = self._latest
         if isinstance(self.sampler, ResumableSampler):
             if latest is not None and isinstance(latest.rows, EpochRows):
-                return latest.rows.state_dict(latest.taken)
+                left = latest.rows.count - latest.taken
+                done = self._drop_last and left < self.batch_size  # what is left will be dropped
+                return latest.rows.state_dict(latest.rows.count if done else latest.taken)
             return self.sampler.state_at(*self.sampler.upcoming())
         if latest is not None:
             return {"epoch": latest.epoch, "taken": latest.taken}

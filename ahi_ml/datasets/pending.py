@@ -60,8 +60,13 @@ class KnownRows:
         ------
         IndexError
             No such row.
+        TypeError
+            Numbers that are not whole.
         """
-        numbers, length = np.asarray(rows, np.int64), len(index)
+        numbers, length = np.asarray(rows), len(index)
+        if numbers.dtype.kind not in "iu" and numbers.size:
+            raise TypeError(f"rows are whole numbers, not {numbers.dtype}")
+        numbers = numbers.astype(np.int64)
         for wrong in numbers[(numbers < -length) | (numbers >= length)]:
             raise IndexError(f"row {wrong} of a dataset of {length} frames")
         numbers = np.where(numbers < 0, numbers + length, numbers)

@@ -204,6 +204,10 @@ class Meters:
         """Say how many decoding threads this process has. I/O: none."""
         self._row[_PLACES["threads"]] = threads
 
+    def total(self, name: str) -> float:
+        """A count of all processes. I/O: none."""
+        return float(self._numbers.array[:, _PLACES[name]].sum())
+
     def read(self) -> AnyArray:
         """A copy of all rows. I/O: none."""
         rows: AnyArray = self._numbers.array.copy()

@@ -78,6 +78,9 @@ class ResumableSampler(DistributedSampler[int]):
     ...     state = sampler.state_dict(taken=32 * number)
     """
 
+    tells_dataset = True
+    """Whether the dataset is told the epoch. `FrameLoader`, which says it with each batch, needs no telling."""
+
     def __init__(
         self,
         dataset: Sized | int,
@@ -94,6 +97,7 @@ class ResumableSampler(DistributedSampler[int]):
         if shuffle not in ("global", "block", True, False):
             raise ConfigError(f"shuffle is 'global', 'block', True or False, not {shuffle!r}")
         length = dataset if isinstance(dataset, int) else len(dataset)
+        seed = int(seed)  # of any kind: a state is for json
         if seed < 0 or length < 0:
             raise ConfigError(f"seed and length are 0 or more, not {seed} and {length}")
         if not 1 <= block <= window:
@@ -128,7 +132,7 @@ class ResumableSampler(DistributedSampler[int]):
         """Say which epoch the next iteration is. What a state has consumed of that very epoch stays. I/O: none."""
         if epoch < 0:
             raise ConfigError(f"epochs count from 0, not {epoch}")
-        self.epoch = epoch
+        self.epoch = int(epoch)
         self._latest = None
         self._epoch_named = True
 
@@ -211,6 +215,8 @@ class ResumableSampler(DistributedSampler[int]):
         """Note that an iteration begins or goes on, and tell the dataset its epoch. I/O: none."""
         self.epoch, self._latest, self._loaded = epoch, rows, (0, 0)
         self._settle()
+        if not self.tells_dataset:
+            return
         dataset: Any = self.dataset
         while not hasattr(dataset, "set_epoch") and hasattr(dataset, "dataset"):  # torch's Subset and its like
             dataset = dataset.dataset
@@ -317,6 +323,11 @@ class EpochRows(Iterator[int]):
         row = next(self._rows)
         self._drawn += 1
         return row
+
+    @property
+    def count(self) -> int:
+        """How many rows of this rank it has in all, once it has begun."""
+        return self._count
 
     def take(self, count: int) -> list[int]:
         """The next rows of this rank, at most so many. I/O: none."""

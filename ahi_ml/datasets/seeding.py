@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,11 @@ class SharedEpoch:
 
     def stands_still(self, read: int, length: int) -> bool:
         """Count items; whether a second epoch is well under way that nobody announced, told once. I/O: none."""
-        self._numbers.array[1] += read
-        if self._numbers.array[1] <= 1.5 * length + 64:
+        numbers = self._numbers.array
+        numbers[1] += read
+        if numbers[1] <= 1.5 * length + 64:
             return False
-        self._numbers.array[1] = _WARNED
+        numbers[1] = _WARNED
         return True
 
 
@@ -157,6 +159,8 @@ class SeededTransform:
 
 def _takes_rng(transform: Any) -> bool:
     called = transform.forward if isinstance(transform, torch.nn.Module) else transform
+    if isinstance(called, partial) and "rng" in called.keywords:  # one of the user's own
+        return False
     try:
         return "rng" in inspect.signature(called).parameters
     except (TypeError, ValueError):  # a builtin without a signature

@@ -21,10 +21,6 @@ class SharedNumbers:
     values : tensor
         Moved to shared memory.
 
-    Attributes
-    ----------
-    array : ndarray
-        The numbers, to read and to write.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -35,7 +31,11 @@ class SharedNumbers:
             with suppress(RuntimeError):  # without shared memory there are no workers either
                 values.share_memory_()  # type: ignore[no-untyped-call]
         self._values = values
-        self.array: AnyArray = values.numpy()
+
+    @property
+    def array(self) -> AnyArray:
+        """The numbers, to read and to write."""
+        return self._values.numpy()  # each time: torch may move a tensor that it shares with another process
 
     def __getstate__(self) -> torch.Tensor:
         return self._values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from ahi_ml.cache.locks import Claims
@@ -10,6 +11,7 @@ from ahi_ml.cache.locks import Claims
 __all__ = ["Flights"]
 
 _LOOK_EVERY_S = 0.005
+_PATIENCE_S = 120.0  # no download takes longer: whoever still holds a claim then has been stopped
 
 
 class Flights:
@@ -28,6 +30,8 @@ class Flights:
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._waiting: dict[str, list[Callable[[], None]]] = {}
+        self._since: dict[str, float] = {}  # of what waits for other processes
+        self._overdue: set[str] = set()  # and has waited long enough
         self._looking = False
 
     def join(self, name: str, again: Callable[[], None]) -> bool:
@@ -47,10 +51,13 @@ class Flights:
             True when the download is the caller's, who must `land` it. False when `again` will be called.
         """
         with self._lock:
-            if name not in self._held and name not in self._waiting and self._claims.try_claim(name):
+            free = name not in self._held and name not in self._waiting
+            if free and (name in self._overdue or self._claims.try_claim(name)):
+                self._overdue.discard(name)
                 self._held.add(name)
                 return True
             self._waiting.setdefault(name, []).append(again)
+            self._since.setdefault(name, time.monotonic())
             if name not in self._held and not self._looking:
                 self._looking = True
                 threading.Thread(target=self._look, name="ahi-ml-flights", daemon=True).start()
@@ -62,19 +69,29 @@ class Flights:
             self._held.discard(name)
             self._claims.release(name)
             waiting = self._waiting.pop(name, [])
+            self._since.pop(name, None)
         for again in waiting:
             again()
 
     def _look(self) -> None:
-        """Wait for other processes: a claim that can be had is one that they have given back."""
+        """Wait for other processes: a claim that can be had is one that they have given back.
+
+        One that is held for longer than any download takes is a stopped process's: the frame is downloaded anyhow.
+        """
         pause = threading.Event()
         while True:
             ended: list[Callable[[], None]] = []
             with self._lock:
                 for name in [name for name in self._waiting if name not in self._held]:
-                    if self._claims.try_claim(name):
+                    free = self._claims.try_claim(name)
+                    if free:
                         self._claims.release(name)
-                        ended += self._waiting.pop(name)
+                    elif time.monotonic() - self._since[name] > _PATIENCE_S:
+                        self._overdue.add(name)
+                    else:
+                        continue
+                    ended += self._waiting.pop(name)
+                    del self._since[name]
                 self._looking = bool(self._waiting.keys() - self._held)
                 looking = self._looking
             for again in ended:

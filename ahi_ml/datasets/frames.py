@@ -132,6 +132,7 @@ class FrameDataset(Dataset[Item]):
         )
         self._derived = self._results() if cache_decoded else None
         self._on_error = on_error
+        self._unreadable: set[int] = set()  # rows that take nobody's place
         self._settled = False
 
     def _results(self) -> ResultTier | None:
@@ -161,7 +162,7 @@ class FrameDataset(Dataset[Item]):
         return f"<FrameDataset: {len(self):,} frames of {self.store!r}, output={self.options.output!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_settled": False}
+        return {**self.__dict__, "_unreadable": set(), "_settled": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -344,9 +345,11 @@ class FrameDataset(Dataset[Item]):
         self._measure(pending, started)
         if pending.batch.failed:
             numbers = rows.numbers.copy()
-            for slot, outcome in enumerate(outcomes):
-                if isinstance(outcome, BaseException):
-                    numbers[slot] = self._replace(pending, slot, outcome)
+            failed = {slot: each for slot, each in enumerate(outcomes) if isinstance(each, BaseException)}
+            if self._on_error == "skip":
+                self._unreadable.update(numbers[list(failed)].tolist())
+            for slot, error in failed.items():
+                numbers[slot] = self._replace(pending, slot, error)
             rows = self.look_up(numbers)
         return rows
 
@@ -389,6 +392,7 @@ class FrameDataset(Dataset[Item]):
                 return other_row
             if not isinstance(outcome, AhiError):
                 raise outcome
+            self._unreadable.add(other_row)
             self._skip(other_row, outcome)
         raise error
 
@@ -410,7 +414,9 @@ class FrameDataset(Dataset[Item]):
         for start in range(1, len(self), _LOOKED_AT):
             rows = (row + np.arange(start, min(start + _LOOKED_AT, len(self)))) % len(self)
             for number, kind in zip(rows.tolist(), self.index.sources(rows).kinds, strict=True):
-                if not isinstance(kind, MetadataError) and form in (None, self._form(kind)):
+                if number in self._unreadable or isinstance(kind, MetadataError):
+                    continue
+                if form in (None, self._form(kind)):
                     yield number
 
 

@@ -138,14 +138,19 @@ class Batch:
             request.cancel()
 
     def outcomes(self, timeout_s: float | None = None) -> list[AnyArray | BaseException]:
-        """Arrays, or the errors in their places, in the order submitted.
+        """Arrays, or the errors in their places, in the order submitted. An interrupt cancels those under way.
 
         Raises
         ------
         TimeoutError
             Not all are there yet.
         """
-        if not self._done.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
+        try:
+            done = self._done.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0))
+        except BaseException:  # an interrupt: nobody will ask for them any more
+            self.cancel()
+            raise
+        if not done:
             raise TimeoutError(f"{self._left} of {len(self._outcomes)} frames are still under way")
         self._done.release()
         return self._outcomes  # type: ignore[return-value]

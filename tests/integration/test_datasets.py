@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import logging
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +247,16 @@ class TestItems:
         with pytest.raises(IndexError):
             dataset.__getitems__([0, row])
 
+    def test_rows_are_whole_numbers(self, dataset: FrameDataset) -> None:
+        for row in (1.0, "3", None):
+            with pytest.raises(TypeError):
+                dataset[row]
+        with pytest.raises(TypeError, match="whole numbers"):
+            dataset.__getitems__([1.0, 2.5])
+        assert dataset.__getitems__([]) == []
+        assert [item["key"] for item in dataset[range(4, 1, -1)]] == [dataset[row]["key"] for row in (4, 3, 2)]
+        assert dataset[np.array(3)]["key"] == dataset[torch.tensor(3)]["key"] == dataset[3]["key"]
+
     def test_slices_masks_and_row_numbers_select(self, dataset: FrameDataset, ct: DatasetIndex) -> None:
         mask = ct.frames["InstanceNumber"].to_numpy(np.int64) % 2 == 0
         cases: list[tuple[Any, list[int]]] = [
@@ -313,6 +327,25 @@ class TestOptions:
                     np.testing.assert_array_equal(image.numpy(), expected)
                 assert (part["image"] + 1).dtype == dtype
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_batch_of_several_types_holds_them_all(self, tmp_path: Path, workers: int) -> None:
+        (tmp_path / "store").mkdir(mode=0o700)
+        write_image(tmp_path / "in" / "0.dcm", np.full((600, 600), -5, np.int16), **ids(5, "mixed"), InstanceNumber=1)
+        write_image(
+            tmp_path / "in" / "1.dcm", np.full((600, 600), 60_000, np.uint16), **ids(5, "mixed"), InstanceNumber=2
+        )
+        with connect(tmp_path / "store", cache=tmp_path / "cache") as store:
+            store.import_dicom(tmp_path / "in")
+            for transform in (None, negative):
+                dataset = FrameDataset(store, store.search(primary=None).index(), output="stored", transform=transform)
+                singles = [dataset[row]["image"] for row in range(2)]
+                for loader in (FrameLoader(dataset, 2), DataLoader(dataset, 2, num_workers=workers)):
+                    (batch,) = loader
+                    assert batch["image"].dtype == torch.int32
+                    assert all(
+                        torch.equal(image, single.int()) for image, single in zip(batch["image"], singles, strict=True)
+                    )
+
     def test_colour_comes_channels_first(
         self, store: DataStore, index: DatasetIndex, truth: dict[str, np.ndarray]
     ) -> None:
@@ -322,6 +355,29 @@ class TestOptions:
         assert item["image"].dtype == torch.float32
         stored = truth[item["meta"]["sop_instance_uid"]]
         np.testing.assert_array_equal(item["image"].numpy(), stored.transpose(2, 0, 1))
+
+    def test_a_callable_with_an_apply_method_is_called(
+        self, dataset: FrameDataset, store: DataStore, ct: DatasetIndex
+    ) -> None:
+        class Augmentation:
+            def apply(self, image: Any) -> None:
+                raise AssertionError("this is another library's")
+
+            def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+                return negative(item)
+
+        assert torch.equal(FrameDataset(store, ct, transform=Augmentation())[3]["image"], -dataset[3]["image"])
+
+    def test_an_rng_of_the_callers_own_is_left_to_them(self, store: DataStore, ct: DatasetIndex) -> None:
+        def draw(item: dict[str, Any], rng: Any) -> dict[str, Any]:
+            return {**item, "drawn": rng}
+
+        assert FrameDataset(store, ct, transform=partial(draw, rng="mine"))[0]["drawn"] == "mine"
+
+    @pytest.mark.parametrize("target", [3, ["Modality"], object()])
+    def test_targets_that_are_none(self, store: DataStore, ct: DatasetIndex, target: Any) -> None:
+        with pytest.raises(ConfigError, match="target"):
+            FrameDataset(store, ct, target=target)
 
     def test_dtype_is_the_callers(self, store: DataStore, ct: DatasetIndex, singles: list[dict[str, Any]]) -> None:
         item = FrameDataset(store, ct, dtype="float64")[1]
@@ -431,6 +487,25 @@ class TestPickling:
         again = pickle.loads(pickle.dumps(part))
         assert [item["key"] for item in again] == [item["key"] for item in part]
         again.store.close()
+
+    def test_another_sharing_strategy_chosen_later(self, store: DataStore, ct: DatasetIndex, tmp_path: Path) -> None:
+        """Torch moves a shared tensor when it shares it in another way; what was an array of it is no memory then."""
+        ct.save(tmp_path / "ct.arrow")
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys, torch, ahi_ml\n"
+            "from torch.utils.data import DataLoader\n"
+            "if __name__ == '__main__':\n"
+            "    with ahi_ml.connect(sys.argv[1], cache=sys.argv[3]) as store:\n"
+            "        dataset = ahi_ml.FrameDataset(store, ahi_ml.DatasetIndex.load(sys.argv[2]))\n"
+            "        torch.multiprocessing.set_sharing_strategy('file_system')\n"
+            "        count = len(list(DataLoader(dataset, 8, num_workers=1, multiprocessing_context='spawn')))\n"
+            "        dataset.set_epoch(1)\n"
+            "        print(count, dataset._epoch.value, int(dataset.meters.total('frames')))\n"
+        )
+        command = [sys.executable, script, store._target.folder, tmp_path / "ct.arrow", tmp_path / "cache"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout.split()) == (0, ["8", "1", "63"]), done.stderr
 
     def test_a_copy_reads(self, dataset: FrameDataset, singles: list[dict[str, Any]]) -> None:
         again = copy.copy(dataset)
@@ -581,6 +656,24 @@ class TestFrameLoader:
         assert [len(batch) for batch in batches] == [20, 20, 20, 3]
         for item, single in zip(items, singles, strict=True):
             assert torch.equal(item["image"], single["image"])
+
+    def test_a_state_of_the_last_batch_is_one_of_a_finished_epoch(self, dataset: FrameDataset) -> None:
+        loader = FrameLoader(dataset, 10, drop_last=True, shuffle=True)
+        states = [loader.state_dict() for _ in loader]
+        assert len(states) == 6
+        for number, state in enumerate(states, 1):
+            again = FrameLoader(dataset, 10, drop_last=True, shuffle=True)
+            again.load_state_dict(state)
+            assert len(list(again)) == (6 - number or 6), number
+            assert again.epoch == (1 if number < 6 else 2)
+
+    def test_its_epochs_are_its_own(self, store: DataStore, ct: DatasetIndex) -> None:
+        dataset = FrameDataset(store, ct)
+        dataset.set_epoch(7)
+        loader = FrameLoader(dataset, 10, shuffle=True)
+        for _ in range(2):
+            list(loader)
+        assert dataset._epoch.value == 7, "others may be reading it"
 
     def test_two_loops_over_one_loader(self, dataset: FrameDataset, singles: list[dict[str, Any]]) -> None:
         loader = FrameLoader(dataset, 8)
@@ -792,6 +885,66 @@ class TestErrors:
             with pytest.raises(DataError, match="1%") as caught:
                 list(FrameLoader(dataset, 8))
             assert isinstance(caught.value.__cause__, ChecksumError)
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_too_many_skips_of_all_workers_together_raise(self, files: Path, tmp_path: Path, method: str) -> None:
+        with damaged_store(tmp_path, files, 8) as (store, index, _):
+            dataset = FrameDataset(store, index, on_error="skip")
+            with pytest.raises(DataError, match="1%"):
+                list(DataLoader(dataset, 4, num_workers=4, multiprocessing_context=method))
+            assert dataset.meters.total("skipped") > 5
+
+    def test_skips_count_over_epochs(self, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "ahi_ml.datasets")
+        with damaged_store(tmp_path, files, 3) as (store, index, damaged):
+            dataset = FrameDataset(store, index, on_error="skip")
+            assert len(list(DataLoader(dataset, 8, num_workers=2))) == 8
+            with pytest.raises(DataError, match="1%"):
+                list(FrameLoader(dataset, 8))
+            assert dataset.meters.total("skipped") == 6
+        list(FrameLoader(FrameDataset(store, index[:10], on_error="skip"), 8))
+        said = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+        assert said
+        assert all(message.startswith("row 1") for message in said)
+        assert any(damaged[0] in message for message in said)
+
+    def test_skip_takes_a_frame_of_the_same_form(self, files: Path, tmp_path: Path) -> None:
+        with damaged_store(tmp_path, files, 1) as (store, ct, _):
+            others = store.search().index().where("Modality != 'CT'")
+            rows = store.search().index().where("Modality == 'CT' or Modality == 'MR' or Modality == 'OT'")
+            frames = rows.frames
+            bad = int(np.flatnonzero(frames["frame_id"] == ct.frames["frame_id"].iloc[10])[0])
+            apart = int(np.flatnonzero(frames["Modality"] != "CT")[0])
+            order = [
+                bad,
+                apart,
+                *[row for row in range(len(rows)) if frames["Modality"].iloc[row] == "CT" and row != bad],
+            ]
+            dataset = FrameDataset(store, rows, on_error="skip")[order]
+            good = FrameDataset(store, rows)[order]
+            assert good[1]["image"].shape != good[2]["image"].shape
+            (item,) = dataset.__getitems__([0])
+            assert item["key"] == good[2]["key"]
+            assert torch.equal(item["image"], good[2]["image"])
+            assert len(others) == 9
+
+    def test_what_a_transform_raises_names_the_row(self, store: DataStore, ct: DatasetIndex) -> None:
+        def wrong(item: dict[str, Any]) -> dict[str, Any]:
+            raise KeyError("label")
+
+        dataset = FrameDataset(store, ct, transform=wrong)
+        with pytest.raises(KeyError, match="label") as caught:
+            dataset[5]
+        assert any("row 5" in note for note in caught.value.__notes__)
+        with pytest.raises(KeyError, match="row 0"):
+            list(DataLoader(dataset, 4, num_workers=1, multiprocessing_context="fork"))
+
+    def test_an_empty_target_is_an_error(self, store: DataStore, ct: DatasetIndex) -> None:
+        dataset = FrameDataset(store, ct, target="KVP")
+        for loader in (FrameLoader(dataset, 4), DataLoader(dataset, 4)):
+            with pytest.raises(DataError, match=r"the target KVP of row 0 is empty: .*KVP is not None"):
+                list(loader)
+        assert len(ct.where("KVP is not None")) == 0
 
     def test_a_mistake_of_the_caller_is_not_skipped(self, store: DataStore, ct: DatasetIndex) -> None:
         def wrong(item: dict[str, Any]) -> dict[str, Any]:

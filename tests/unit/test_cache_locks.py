@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ahi_ml.cache import FrameCache, locks
+from ahi_ml.cache import FrameCache, flight, locks
 
 NAME, OTHER, THIRD = "0123abcd" * 4, "0123abce" * 4, "0123abcf" * 4
 SAME_STRIPE = NAME[:8] + "f" * 24
@@ -290,3 +290,26 @@ def test_a_folder_that_cannot_be(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert claims.try_claim(OTHER)
         claims.release(NAME)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no process can be stopped here")
+def test_a_stopped_owner_keeps_nobody_waiting_for_ever(
+    cache: FrameCache, holder: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flight, "_PATIENCE_S", 0.5)
+    holder(NAME).send_signal(signal.SIGSTOP)
+    flights, asked = cache.flights, time.monotonic()
+    again: list[float] = []
+
+    def look_again() -> None:
+        again.append(time.monotonic() - asked)
+
+    assert not flights.join(NAME, look_again)
+    assert wait_for(lambda: bool(again))
+    assert again[0] > 0.5, "as long as a download may take, it is waited for"
+    assert flights.join(NAME, look_again)
+    assert not flights.join(NAME, look_again), "once is enough, within this process"
+    flights.land(NAME)
+    assert wait_for(lambda: len(again) == 2)
+    assert not flights.join(NAME, look_again), "the next one waits for its owner again"
+    assert wait_for(lambda: len(again) == 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -339,6 +340,20 @@ class TestCancelling:
         assert (block == -77).all()
         assert reader.stats()["fetched"] == 0
         assert cache.size() == (0, 0)
+
+    @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no thread can be interrupted from here")
+    def test_an_interrupt_cancels_what_is_waited_for(self, reader_of: Callable[..., Reader]) -> None:
+        _, sources, blobs = raw_frames(4)
+        served = Served(blobs, held=True)
+        batch = reader_of(served).submit(sources, STORED)
+        interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            batch.outcomes(PATIENCE_S)
+        interrupt.join()
+        assert served.held is not None
+        assert all(future.cancelled() for held in served.held.values() for future in held)
+        assert all(isinstance(outcome, DataError) for outcome in batch.outcomes(PATIENCE_S))
 
     def test_threads_end_when_closed(self) -> None:
         _, sources, blobs = raw_frames(4)

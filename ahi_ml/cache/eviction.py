@@ -1,4 +1,4 @@
-"""What goes when the cache is full: the entries used longest ago, of a folder or of all. No state.
+"""What goes when the cache is full: the entries used longest ago, of as many folders as speak for all. No state.
 
 An entry's modification time is when it was last used. Other processes evict, clear and write at the same
 time; whatever is gone when its turn comes is skipped, and so is what the system holds on to (an open file, on Windows).
@@ -7,14 +7,16 @@ time; whatever is gone when its turn comes is skipped, and so is what the system
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-__all__ = ["PART", "STALE_S", "Found", "evict", "found_in", "remove"]
+__all__ = ["PART", "STALE_S", "Found", "Seen", "evict", "found_in", "look", "remove"]
 
 PART = ".part"  # how the names of unfinished files end
 STALE_S = 3600.0  # after which nobody writes to one any more
+_ENOUGH = 2048  # entries of one size: what so many take differs from their share by 2 % (a standard deviation)
+_MOST = 1 << 17  # entries, whatever their sizes: a listing of some tenths of a second
 
 
 class Found(NamedTuple):
@@ -47,40 +49,64 @@ def remove(path: str) -> bool:
     return True
 
 
-def evict(folders: list[str], *, above: int, down_to: int, now: float) -> int:
-    """Make room in some folders taken together.
+class Seen(NamedTuple):
+    """What some folders hold: their entries, the bytes of these, and how many folders that are."""
 
-    I/O: lists them, removes files.
+    entries: list[Found]
+    size: int
+    folders: int
+
+
+def look(folders: Iterable[str], *, now: float) -> Seen:
+    """Look at folders, one after the other, until what they hold speaks for all of them.
+
+    Names are hashes, so every folder has the same share of the entries, give or take chance; and chance is large where
+    entries are few, or a few of them take most of the space. Both show in the sizes themselves.
+
+    I/O: lists the folders with sizes, removes unfinished files that were abandoned.
 
     Parameters
     ----------
-    folders : list of str
-        Where to look.
-    above, down_to : int
-        Bytes: nothing goes until more than `above` are there, then the oldest until `down_to` are left.
+    folders : iterable of str
+        Where to look; all of them when the cache holds little, or few large entries.
     now : float
         Seconds since the epoch.
-
-    Returns
-    -------
-    int
-        How many entries went. Unfinished files that were abandoned go as well, uncounted.
     """
-    entries, total = [], 0
+    entries, size, squares, looked = [], 0, 0, 0
     for folder in folders:
+        looked += 1
         for found in found_in(folder):
             if found.path.endswith(PART):
                 if now - found.used > STALE_S:
                     remove(found.path)
                 continue
             entries.append(found)
-            total += found.size
-    removed = 0
-    if total > above:
-        entries.sort()
-        for found in entries:
-            if total <= down_to:
-                break
-            removed += remove(found.path)
-            total -= found.size
+            size += found.size
+            squares += found.size**2
+        # The variance of a sum of random terms is about the sum of their squares.
+        if 0 < _ENOUGH * squares <= size**2 or len(entries) >= _MOST:
+            break
+    return Seen(entries, size, looked)
+
+
+def evict(seen: Seen, *, above: int, down_to: int) -> int:
+    """Make room in some folders taken together; return how many entries went.
+
+    I/O: removes files.
+
+    Parameters
+    ----------
+    seen : Seen
+        What they hold.
+    above, down_to : int
+        Bytes: nothing goes until more than `above` are there, then the oldest until `down_to` are left.
+    """
+    if seen.size <= above:
+        return 0
+    removed, left = 0, seen.size
+    for found in sorted(seen.entries):
+        if left <= down_to:
+            break
+        removed += remove(found.path)
+        left -= found.size
     return removed

@@ -1,17 +1,10 @@
-"""The folder that every tier of a cache shares: its places, privacy, writes, bound and counts.
-
-It is bounded without any shared account, which a crash could falsify: names are hashes, so each of the
-256 folders holds its share, and whoever has written a part of a folder's share looks at that folder and
-removes what was used longest ago. (Small caches are looked at whole: their shares would be too few entries.)
-The first look of a process comes after a random part of that, so that many short runs look as often as a long one.
-"""
+"""The folder that every tier of a cache shares: its places, privacy, writes, bound and counts."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import random
 import shutil
 import stat
 import subprocess
@@ -24,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ahi_ml.cache.bound import FOLDERS, Watch
 from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
-from ahi_ml.cache.eviction import PART, STALE_S, Found, evict, found_in, remove
+from ahi_ml.cache.eviction import PART, STALE_S, Found, found_in, remove
 from ahi_ml.cache.mapped import MappedEntries, may_map
 from ahi_ml.cache.marks import Marks
 from ahi_ml.codec import crc32
@@ -37,11 +31,6 @@ __all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_BYTES = 50 * 10**9
-_FOLDERS = 256
-_WHOLE_BELOW = 4 * 10**9  # bytes: a listing of such a cache takes a fraction of a second
-_LOOK_AFTER = 1 / 32  # of a share written by one process
-_ABOVE = 29 / 32  # of a share: two writers that have not looked yet, and what they write during a look, stay below it
-_DOWN_TO = 0.9
 _TOUCH_AFTER_S = 60.0
 _RESOLUTIONS = 9  # the full one, and those that may be asked for
 _LIKELY_SIZE = 256 * 1024
@@ -90,12 +79,11 @@ class FolderState:
 
     stats: CacheStats = field(default_factory=CacheStats)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    random: random.Random = field(default_factory=random.Random)
     disabled: bool = False
     ready: bool = False
     private: bool = False
     most_bytes: int = 0
-    until_look: dict[str, float] = field(default_factory=dict)
+    watch: Watch | None = None  # over the bound, once it is settled
     marks: Marks = field(default_factory=Marks)  # of encoded entries
     mapped: MappedEntries[Any] = field(default_factory=MappedEntries)  # whatever each tier keeps of its own
     maps: bool | None = None  # whether entries may be mapped, once that is known
@@ -202,8 +190,9 @@ class CacheFolder:
             if now - found.used > STALE_S:
                 remove(found.path)
         # Of what is free and what the cache holds already: its bound must not shrink as it grows.
-        held = _FOLDERS * sum(found.size for found in found_in(f"{self.entries}00"))
+        held = FOLDERS * sum(found.size for found in found_in(f"{self.entries}00"))
         state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
+        state.watch = Watch(self.entries, state.most_bytes)
         state.ready = True
 
     def read_entry(self, name: str, reduce: int = 0, *, check: bool = True) -> tuple[EncodedHeader, Buffer] | None:
@@ -340,7 +329,7 @@ class CacheFolder:
         self._state.get().mapped.forget(path)
         for reduce in range(_RESOLUTIONS):
             self._state.get().marks.forget(hash((name, reduce)))
-        self._look_after(name[:2], len(header) + memoryview(payload).nbytes)
+        self._keep_bound(len(header) + memoryview(payload).nbytes)
         return True
 
     def _write(self, part: str, path: str, header: bytes, payload: Buffer) -> None:
@@ -354,29 +343,18 @@ class CacheFolder:
             remove(part)
             raise
 
-    def _look_after(self, folder: str, size: int) -> None:
-        """Evict once enough was written to a folder."""
+    def _keep_bound(self, size: int) -> None:
+        """Evict once enough was written."""
         state = self._state.get()
-        whole = state.most_bytes < _WHOLE_BELOW
-        group = "all" if whole else folder
-        share = state.most_bytes if whole else state.most_bytes // _FOLDERS
-        with state.lock:
-            left = state.until_look.get(group)
-            if left is None:
-                left = share * _LOOK_AFTER * state.random.random()
-            left -= size
-            look = left <= 0
-            state.until_look[group] = share * _LOOK_AFTER if look else left
-        if look:
-            try:
-                folders = self._folders() if whole else [f"{self.entries}{folder}"]
-                removed = evict(folders, above=int(share * _ABOVE), down_to=int(share * _DOWN_TO), now=time.time())
-            except OSError as error:  # the disk is gone: the next write says so
-                _LOG.debug("eviction stopped: %s", error)
-            else:
-                self.count(evictions=removed)
-                if removed:
-                    state.mapped.clear()
+        assert state.watch is not None
+        try:
+            removed = state.watch.wrote(size)
+        except OSError as error:  # the disk is gone: the next write says so
+            _LOG.debug("eviction stopped: %s", error)
+            return
+        if removed:
+            self.count(evictions=removed)
+            state.mapped.clear()
 
     def _folders(self) -> list[str]:
         try:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ahi_ml.cache import FrameCache, folder
+from ahi_ml.cache import FrameCache, eviction
+from ahi_ml.cache.bound import Watch
 from ahi_ml.errors import ConfigError
 
 STORE = "0" * 32
@@ -51,14 +54,110 @@ def test_what_was_read_lately_stays(tmp_path: Path) -> None:
     assert 79 in kept
 
 
-def test_large_caches_are_bounded_folder_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_WHOLE_BELOW", 0)
-    monkeypatch.setattr(folder, "_FOLDERS", 256)
-    cache = FrameCache(tmp_path / "cache", max_bytes=256 * 3_300)
-    fill(cache, 0, 3_000)
-    per_folder = [sum(path.stat().st_size for path in each.iterdir()) for each in (tmp_path / "cache/frames").iterdir()]
-    assert max(per_folder) <= 3_300 + 1_100
-    assert cache.stats()["evictions"] > 1_000
+def test_large_frames_stay_in_a_cache_that_is_not_full(tmp_path: Path) -> None:
+    cache = FrameCache(tmp_path / "cache", max_bytes=4 * 10**9)
+    fill(cache, 0, 5, 15_000_000)  # each about as much as one folder's share
+    assert cache.size()[0] == 5
+    assert cache.stats()["evictions"] == 0
+
+
+class Holes:
+    """Entries of any size that take no space, and what is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.entries = f"{folder}{os.sep}"
+        self._names = random.Random(1)
+
+    def add(self, size: int) -> None:
+        name = f"{self._names.getrandbits(128):032x}"
+        os.makedirs(f"{self.entries}{name[:2]}", exist_ok=True)
+        with open(f"{self.entries}{name[:2]}/{name[2:]}", "wb") as file:
+            file.truncate(size)
+
+    def total(self) -> int:
+        return sum(found.size for each in os.listdir(self.entries) for found in eviction.found_in(self.entries + each))
+
+
+SIZES = {
+    "equal, large": [40_000_000],
+    "equal, small": [10_000],
+    "of every kind": [20_000, 20_000, 20_000, 20_000, 150_000, 500_000, 500_000, 2_000_000, 8_000_000, 50_000_000],
+    "many small, few large": [10_000] * 200 + [20_000_000],
+}
+
+
+class TestAnySizes:
+    """A bound must hold, and hold nothing back, whatever the sizes of entries."""
+
+    @pytest.fixture(params=SIZES.values(), ids=SIZES.keys())
+    def sizes(self, request: pytest.FixtureRequest) -> list[int]:
+        return list(request.param)
+
+    @staticmethod
+    def bound(sizes: list[int]) -> int:
+        """Of so many entries as are quickly made."""
+        return min(10**10, 6_000 * sum(sizes) // len(sizes))
+
+    def test_nothing_goes_before_it_is_full(self, tmp_path: Path, sizes: list[int]) -> None:
+        holes, bound, chance, held = Holes(tmp_path), self.bound(sizes), random.Random(2), 0
+        watch = Watch(holes.entries, bound)
+        while held < 0.8 * bound:
+            size = chance.choice(sizes)
+            holes.add(size)
+            held += size
+            assert watch.wrote(size) == 0
+
+    def test_several_writers_stay_below_it(self, tmp_path: Path, sizes: list[int]) -> None:
+        holes, bound, chance, written = Holes(tmp_path), self.bound(sizes), random.Random(2), 0
+        watches = [Watch(holes.entries, bound) for _ in range(2)]
+        fullest = 0
+        for turn in range(100_000):
+            size = chance.choice(sizes)
+            holes.add(size)
+            watches[turn % 2].wrote(size)
+            written += size
+            if turn % 400 == 0:
+                fullest = max(fullest, holes.total())
+            if written > 1.6 * bound:
+                break
+        assert fullest <= bound
+        assert holes.total() > 0.82 * bound, "no more goes than must"
+
+    def test_a_look_is_at_few_folders_when_entries_are_many(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        holes = Holes(tmp_path)
+        for _ in range(10_000):
+            holes.add(10_000)
+        monkeypatch.setattr(eviction, "_ENOUGH", 400)
+        looked: list[str] = []
+        found_in = eviction.found_in
+
+        def noted(folder: str) -> Iterator[eviction.Found]:
+            looked.append(folder)
+            return found_in(folder)
+
+        monkeypatch.setattr(eviction, "found_in", noted)
+        watch = Watch(holes.entries, 10_000 * 10_000 * 2)
+        most = 0
+        for _ in range(2 * 10_000 // 32):
+            before = len(looked)
+            assert watch.wrote(10_000) == 0
+            most = max(most, len(looked) - before)
+        assert 8 <= most <= 14
+        assert 240 <= len(looked) <= 280, "each once while a 32nd of the bound is written"
+        assert len(set(looked)) >= 240
+
+    def test_a_large_entry_owes_more_than_one_look(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        holes, bound = Holes(tmp_path), 10_000 * 10_000
+        for _ in range(8_800):
+            holes.add(10_000)
+        monkeypatch.setattr(eviction, "_ENOUGH", 1)  # looks at one or two folders
+        watch = Watch(holes.entries, bound)
+        for _ in range(60):
+            holes.add(1_000_000)
+            watch.wrote(1_000_000)
+            assert holes.total() <= bound
 
 
 def test_processes_share_the_bound(tmp_path: Path) -> None:

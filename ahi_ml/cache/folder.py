@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import threading
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ahi_ml.cache.bound import FOLDERS, Watch
+from ahi_ml.cache.bound import MOST_BYTES, Watch, default_bound
 from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, found_in, remove
 from ahi_ml.cache.mapped import MappedEntries, may_map
@@ -30,7 +29,6 @@ from ahi_ml.types import Buffer
 __all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
 
 _LOG = logging.getLogger(__name__)
-_MOST_BYTES = 50 * 10**9
 _TOUCH_AFTER_S = 60.0
 _RESOLUTIONS = 9  # the full one, and those that may be asked for
 _LIKELY_SIZE = 256 * 1024
@@ -174,7 +172,7 @@ class CacheFolder:
     def prepare(self) -> None:
         """Make the folder, settle its bound and sweep what killed writers left.
 
-        I/O: once a process, a few calls. Raises what `check_private` raises.
+        I/O: once a process, a few calls; those of `default_bound`. Raises what `check_private` raises.
         """
         state = self._state.get()
         if state.ready:
@@ -189,9 +187,7 @@ class CacheFolder:
         for found in found_in(self._parts):
             if now - found.used > STALE_S:
                 remove(found.path)
-        # Of what is free and what the cache holds already: its bound must not shrink as it grows.
-        held = FOLDERS * sum(found.size for found in found_in(f"{self.entries}00"))
-        state.most_bytes = self.max_bytes or min(_MOST_BYTES, (shutil.disk_usage(self.path).free + held) // 2)
+        state.most_bytes = self.max_bytes or default_bound(os.fspath(self.path), self.entries)
         state.watch = Watch(self.entries, state.most_bytes)
         state.ready = True
 
@@ -266,7 +262,7 @@ class CacheFolder:
             not what was expected.
         """
         state = self._state.get()
-        most = int((state.most_bytes or self.max_bytes or _MOST_BYTES) * _MAPPED)
+        most = int((state.most_bytes or self.max_bytes or MOST_BYTES) * _MAPPED)
         if state.maps is None:
             state.maps = self.mapped and may_map(os.fspath(self.path))
         if not state.maps or not state.mapped.room(most):

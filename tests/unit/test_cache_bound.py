@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ahi_ml.cache import FrameCache, eviction
-from ahi_ml.cache.bound import Watch
+from ahi_ml.cache.bound import MOST_BYTES, Watch, default_bound
 from ahi_ml.errors import ConfigError
 
 STORE = "0" * 32
@@ -68,14 +70,28 @@ class Holes:
         self.entries = f"{folder}{os.sep}"
         self._names = random.Random(1)
 
-    def add(self, size: int) -> None:
-        name = f"{self._names.getrandbits(128):032x}"
+    def add(self, size: int, name: str = "") -> None:
+        name = name or f"{self._names.getrandbits(128):032x}"
         os.makedirs(f"{self.entries}{name[:2]}", exist_ok=True)
         with open(f"{self.entries}{name[:2]}/{name[2:]}", "wb") as file:
             file.truncate(size)
 
     def total(self) -> int:
         return sum(found.size for each in os.listdir(self.entries) for found in eviction.found_in(self.entries + each))
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that were listed."""
+    folders: list[str] = []
+    found_in = eviction.found_in
+
+    def noted(folder: str) -> Iterator[eviction.Found]:
+        folders.append(folder)
+        return found_in(folder)
+
+    monkeypatch.setattr(eviction, "found_in", noted)
+    return folders
 
 
 SIZES = {
@@ -124,20 +140,12 @@ class TestAnySizes:
         assert holes.total() > 0.82 * bound, "no more goes than must"
 
     def test_a_look_is_at_few_folders_when_entries_are_many(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked: list[str]
     ) -> None:
         holes = Holes(tmp_path)
         for _ in range(10_000):
             holes.add(10_000)
         monkeypatch.setattr(eviction, "_ENOUGH", 400)
-        looked: list[str] = []
-        found_in = eviction.found_in
-
-        def noted(folder: str) -> Iterator[eviction.Found]:
-            looked.append(folder)
-            return found_in(folder)
-
-        monkeypatch.setattr(eviction, "found_in", noted)
         watch = Watch(holes.entries, 10_000 * 10_000 * 2)
         most = 0
         for _ in range(2 * 10_000 // 32):
@@ -158,6 +166,40 @@ class TestAnySizes:
             holes.add(1_000_000)
             watch.wrote(1_000_000)
             assert holes.total() <= bound
+
+
+class TestDefaultBound:
+    DISK = 500_000_000
+
+    @pytest.fixture
+    def holes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Holes:
+        """Entries that take space on a disk where nothing else lies."""
+        (tmp_path / "cache").mkdir(mode=0o700)
+        (tmp_path / "cache" / "frames").mkdir()
+        holes = Holes(tmp_path / "cache" / "frames")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=self.DISK - holes.total()))
+        return holes
+
+    def test_it_is_exact_for_a_few_large_entries(self, tmp_path: Path, holes: Holes) -> None:
+        for name in ("00" * 16, "37" * 16):
+            holes.add(40_000_000, name)
+            cache = FrameCache(tmp_path / "cache")
+            cache.put(STORE, "0", b"x", verified=True)
+            cache.drop(STORE, "0")
+            assert cache._folder.state().most_bytes == self.DISK // 2
+
+    def test_it_is_about_right_for_many(self, holes: Holes, monkeypatch: pytest.MonkeyPatch, looked: list[str]) -> None:
+        for _ in range(12_000):
+            holes.add(15_000)
+        monkeypatch.setattr(eviction, "_ENOUGH", 1000)
+        looked.clear()
+        assert default_bound("", holes.entries) == pytest.approx(self.DISK / 2, rel=0.05)
+        assert len(looked) < 256 + 40, "all for what is free here, and a part"
+
+    def test_nothing_is_listed_where_there_is_plenty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * MOST_BYTES))
+        monkeypatch.setattr(eviction, "found_in", None)
+        assert default_bound("", "") == MOST_BYTES
 
 
 def test_processes_share_the_bound(tmp_path: Path) -> None:

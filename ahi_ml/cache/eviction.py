@@ -1,7 +1,8 @@
 """What goes when the cache is full: the entries used longest ago, of as many folders as speak for all. No state.
 
-An entry's modification time is when it was last used. Other processes evict, clear and write at the same
-time; whatever is gone when its turn comes is skipped, and so is what the system holds on to (an open file, on Windows).
+An entry's modification time is when it was last used, or some ten minutes before (see `cache.marks`). Other processes
+evict, clear and write at the same time; whatever is gone when its turn comes is skipped, and so is what the system
+holds on to (an open file, on Windows).
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class FrameCache:
         Made on first write, private to the user.
     max_bytes : int, optional
         Bound of its size, for all tiers together: by default 50 GB, or half of what is free on the disk if that
-        is less. Before it is passed, entries used longest ago go, until a tenth is free. More than two processes
-        that fill it at once may pass it for a moment, by a 32nd each.
+        is less. Before it is passed, entries used longest ago go (to within ten minutes), until a tenth is free. More
+        than two processes that fill it at once may pass it for a moment, by a 32nd each.
     private : bool
         Whether to refuse a folder that other users can look into. With False, what is written follows the umask.
     remote : str, optional

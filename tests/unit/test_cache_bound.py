@@ -56,6 +56,24 @@ def test_what_was_read_lately_stays(tmp_path: Path) -> None:
     assert 79 in kept
 
 
+def test_what_is_read_all_the_time_stays_though_the_cache_turns_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FrameCache(tmp_path / "cache", max_bytes=100_000)
+    fill(cache, 0, 80)
+    for _ in range(5):  # mapped by then
+        assert cache.get(STORE, f"{0:032x}") is not None
+    age(cache, 0, 900)  # a quarter of an hour goes by
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 900)
+    for number in range(1, 80):
+        age(cache, number, 450)
+    assert cache.get(STORE, f"{0:032x}") is not None
+    fill(cache, 80, 120)
+    assert cache.has(STORE, f"{0:032x}")
+    assert cache.stats()["evictions"] > 10
+
+
 def test_large_frames_stay_in_a_cache_that_is_not_full(tmp_path: Path) -> None:
     cache = FrameCache(tmp_path / "cache", max_bytes=4 * 10**9)
     fill(cache, 0, 5, 15_000_000)  # each about as much as one folder's share

@@ -342,7 +342,7 @@ class FrameCache:
         return len(sizes), sum(sizes)
 
     def clear(self, *, older_than_s: float = 0.0) -> int:
-        """Delete entries in the folder not used for a while, and abandoned temporary files; return how many.
+        """Delete entries in the folder not used for a while, else all; and abandoned temporary files. Return how many.
 
         I/O: lists the folder, removes files.
         """
@@ -351,7 +351,7 @@ class FrameCache:
         self._folder.state().mapped.clear()
         for found in self._folder.files():
             age = STALE_S if found.path.endswith(PART) else older_than_s
-            if now - found.used >= age:
+            if age <= 0 or now - found.used >= age:  # a clock that was set back leaves entries used in the future
                 removed += remove(found.path)
         return removed
 

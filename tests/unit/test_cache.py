@@ -111,6 +111,13 @@ class TestEntries:
         assert cache.size() == (0, 0)
         assert (temporary / "young.1.2.part").exists()  # somebody writes it just now
 
+    def test_clear_removes_what_was_used_in_the_future(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        os.utime(only_file(cache), (time.time() + 5000,) * 2)
+        assert cache.clear(older_than_s=1) == 0
+        assert cache.clear() == 1
+        assert cache.size() == (0, 0)
+
     def test_two_may_clear_at_once(self, cache: FrameCache) -> None:
         for number in range(300):
             cache.put(STORE, str(number), b"x", verified=True)

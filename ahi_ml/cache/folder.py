@@ -33,6 +33,7 @@ _TOUCH_AFTER_S = 60.0
 _RESOLUTIONS = 9  # the full one, and those that may be asked for
 _LIKELY_SIZE = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+_PASSING = (errno.EMFILE, errno.ENFILE)  # too many open files, of anybody: the disk is well
 _MAPPED = 1 / 4  # of the bound: space that this process may hold of entries that others delete
 
 Entry = TypeVar("Entry")
@@ -78,6 +79,7 @@ class FolderState:
     stats: CacheStats = field(default_factory=CacheStats)
     lock: threading.Lock = field(default_factory=threading.Lock)
     disabled: bool = False
+    warned: bool = False  # of trouble
     ready: bool = False
     private: bool = False
     most_bytes: int = 0
@@ -297,7 +299,7 @@ class CacheFolder:
         """Put an entry in its place, whole or not at all.
 
         I/O: one file, moved; now and then a listing and removals. When the disk refuses, one warning and no
-        more writes in this process.
+        more writes in this process; while too many files are open, none is written.
 
         Returns
         -------
@@ -365,13 +367,17 @@ class CacheFolder:
                 os.utime(path)
 
     def disable(self, error: OSError) -> None:
-        """Write no more in this process; warn the first time. I/O: none."""
+        """Write no more in this process, unless the trouble is a passing one; warn the first time. I/O: none."""
         state = self._state.get()
+        passing = error.errno in _PASSING
         with state.lock:
-            if state.disabled:
+            if state.disabled or (passing and state.warned):
                 return
-            state.disabled = True
-        _LOG.warning("the frame cache %s is not used from here on: %s", self.path, error)
+            state.warned, state.disabled = True, not passing
+        if passing:
+            _LOG.warning("the frame cache %s is not used at times: %s", self.path, error)
+        else:
+            _LOG.warning("the frame cache %s is not used from here on: %s", self.path, error)
 
     def drop(self, path: str) -> None:
         """Delete an entry, if it is there. I/O: removes one file."""

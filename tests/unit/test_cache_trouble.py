@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -221,6 +222,59 @@ assert check(absent, range(10)) == 0
         assert done.stderr.count("is not used from here on") == 2, done.stderr
         assert done.stderr.count("no locks on") == 1
         assert "Traceback" not in done.stderr
+
+
+class TestOpenFiles:
+    CODE = """
+import resource
+cache = FrameCache(folder)
+WARM
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+before = cache.stats()["writes"]
+assert check(cache, range(20)) == 0
+fill(cache, range(10, 20))
+assert cache.stats()["writes"] == before
+for descriptor in held:
+    os.close(descriptor)
+fill(cache, range(10, 20))
+assert cache.stats()["writes"] == before + 20
+assert check(cache, range(10, 20)) == 20
+assert cache.claims.try_claim("0" * 32)
+assert cache.stats()["corrupt"] == 0
+"""
+
+    @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
+    @pytest.mark.parametrize("warm", ["pass", "fill(cache, range(10))"])
+    def test_too_many_are_no_lasting_trouble(self, tmp_path: Path, warm: str) -> None:
+        done = run(self.CODE.replace("WARM", warm), tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("WARNING") == 1, done.stderr
+        assert "is not used at times" in done.stderr
+
+    def test_the_whole_machine_s_neither(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cache = FrameCache(tmp_path / "cache")
+        for number, code in enumerate((errno.ENFILE, errno.ENFILE, errno.EIO)):
+
+            def refuse(*paths: str, code: int = code) -> None:
+                raise OSError(code, os.strerror(code))
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "replace", refuse)
+                fill(cache, number, number + 1)
+            assert cache.stats()["writes"] == 2 * number
+            fill(cache, number, number + 1)
+        assert cache.stats()["writes"] == 4
+        at_times, from_here_on = (record.getMessage() for record in caplog.records)
+        assert "is not used at times" in at_times
+        assert "is not used from here on" in from_here_on
 
 
 class TestBound:

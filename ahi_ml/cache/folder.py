@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -21,12 +19,13 @@ from ahi_ml.cache.entries import ENCODED_START, EncodedHeader
 from ahi_ml.cache.eviction import PART, STALE_S, Found, found_in, remove
 from ahi_ml.cache.mapped import MappedEntries, may_map
 from ahi_ml.cache.marks import Marks
+from ahi_ml.cache.private import check_folder, make_folder
 from ahi_ml.codec import crc32
-from ahi_ml.errors import CacheError, ConfigError
+from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
 from ahi_ml.types import Buffer
 
-__all__ = ["CacheFolder", "CacheStats", "FolderState", "restrict_on_windows"]
+__all__ = ["CacheFolder", "CacheStats", "FolderState"]
 
 _LOG = logging.getLogger(__name__)
 _TOUCH_AFTER_S = 60.0
@@ -157,19 +156,9 @@ class CacheFolder:
             The folder cannot be looked at.
         """
         state = self._state.get()
-        if state.private:
-            return
-        status = self.path.stat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(self.path))
-        mode = status.st_mode & 0o077
-        if mode and self.private and os.name == "posix":
-            raise CacheError(
-                f"the cache folder {self.path} can be read by other users (mode {mode:o}): it would show them "
-                "images. Make it private (chmod 700), name another with AHI_ML_CACHE, or say FrameCache(..., "
-                "private=False) if they may see them"
-            )
-        state.private = True
+        if not state.private:
+            check_folder(self.path, private=self.private)
+            state.private = True
 
     def prepare(self) -> None:
         """Make the folder, settle its bound and sweep what killed writers left.
@@ -179,12 +168,9 @@ class CacheFolder:
         state = self._state.get()
         if state.ready:
             return
-        fresh = not self.path.exists()
-        self.path.mkdir(mode=self._folder_mode, parents=True, exist_ok=True)
-        if fresh and self.private and os.name == "nt":
-            restrict_on_windows(self.path)
+        make_folder(self.path, private=self.private)
         self.check_private()
-        os.makedirs(self._parts, mode=self._folder_mode, exist_ok=True)
+        self._make_folders(self._parts, self.entries)
         now = time.time()
         for found in found_in(self._parts):
             if now - found.used > STALE_S:
@@ -316,8 +302,8 @@ class CacheFolder:
             try:
                 self._write(part, path, header, payload)
             except FileNotFoundError:  # the first of its folder, or somebody deleted everything
-                os.makedirs(self._parts, mode=self._folder_mode, exist_ok=True)
-                os.makedirs(os.path.dirname(path), mode=self._folder_mode, exist_ok=True)
+                make_folder(self.path, private=self.private)
+                self._make_folders(self._parts, self.entries, os.path.dirname(path))
                 self._write(part, path, header, payload)
         except OSError as error:
             if not (os.name == "nt" and isinstance(error, PermissionError)):  # there, somebody reads the old one
@@ -329,6 +315,10 @@ class CacheFolder:
             self._state.get().marks.forget(hash((name, reduce)))
         self._keep_bound(len(header) + memoryview(payload).nbytes)
         return True
+
+    def _make_folders(self, *folders: str) -> None:
+        for folder in folders:  # each by itself: of a path, makedirs gives the mode to the last one only
+            os.makedirs(folder, mode=self._folder_mode, exist_ok=True)
 
     def _write(self, part: str, path: str, header: bytes, payload: Buffer) -> None:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), self.file_mode)
@@ -393,14 +383,3 @@ class CacheFolder:
         """Yield whole entries and unfinished files, whose names end in `PART`. I/O: lists the folder."""
         for folder in [*self._folders(), self._parts]:
             yield from found_in(folder)
-
-
-def restrict_on_windows(path: Path) -> None:
-    """Let only this user into a new folder, where modes say nothing; as far as the system lets us.
-
-    I/O: runs ``icacls``.
-    """
-    grant = f"{os.environ.get('USERNAME', '')}:(OI)(CI)F"  # full access, inherited by files and folders inside
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["icacls", os.fspath(path), "/inheritance:r", "/grant:r", grant]
-        subprocess.run(command, check=True, capture_output=True, timeout=10)

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import stat
 import subprocess
@@ -151,7 +152,7 @@ class TestEntries:
 
 
 def test_new_folders_on_windows_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ahi_ml.cache.folder import restrict_on_windows
+    from ahi_ml.cache.private import restrict_on_windows
 
     ran: list[list[str]] = []
 
@@ -282,7 +283,20 @@ class TestPrivacy:
             os.umask(old)
         path = only_file(cache)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700
+        assert self.modes(cache) == {0o700}
+
+    @staticmethod
+    def modes(cache: FrameCache) -> set[int]:
+        folders = [cache.folder, *(path for path in cache.folder.rglob("*") if path.is_dir())]
+        assert len(folders) == 4  # frames, one of its folders, and parts
+        return {stat.S_IMODE(folder.stat().st_mode) for folder in folders}
+
+    def test_mode_bits_after_somebody_deleted_everything(self, cache: FrameCache) -> None:
+        cache.put(STORE, FRAME, DATA, verified=True)
+        shutil.rmtree(cache.folder)
+        cache.put(STORE, FRAME, DATA, verified=True)
+        assert cache.get(STORE, FRAME) is not None
+        assert self.modes(cache) == {0o700}
 
     @pytest.mark.parametrize("mode", [0o750, 0o705, 0o770, 0o701])
     def test_a_folder_others_can_read_is_refused(self, tmp_path: Path, mode: int) -> None:

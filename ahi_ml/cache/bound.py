@@ -79,8 +79,8 @@ class Watch:
         self._next = chance.randrange(_FOLDERS)
         self._looking = False
 
-    def wrote(self, size: int) -> int:
-        """Count what was written, and look when it was enough; return how many entries that removed.
+    def wrote(self, size: int) -> list[str]:
+        """Count what was written, and look when it was enough; return the paths of entries that this removed.
 
         I/O: now and then, lists folders and removes files; see `eviction`.
 
@@ -92,9 +92,9 @@ class Watch:
         with self._lock:
             self._owed = min(_FOLDERS, self._owed + size * _FOLDERS / (self._most_bytes * _LOOK_AFTER))
             if self._owed < 1 or self._looking:
-                return 0
+                return []
             self._looking = True
-        removed = 0
+        removed: list[str] = []
         try:
             while self._owed >= 1:
                 removed += self._look()
@@ -102,7 +102,7 @@ class Watch:
             self._looking = False
         return removed
 
-    def _look(self) -> int:
+    def _look(self) -> list[str]:
         """Look at the folders whose turn it is."""
         looked = 1  # one that cannot be listed is passed by: its turn comes again
         try:

@@ -90,8 +90,8 @@ def look(folders: Iterable[str], *, now: float) -> Seen:
     return Seen(entries, size, looked)
 
 
-def evict(seen: Seen, *, above: int, down_to: int) -> int:
-    """Make room in some folders taken together; return how many entries went.
+def evict(seen: Seen, *, above: int, down_to: int) -> list[str]:
+    """Make room in some folders taken together; return the paths of entries that went.
 
     I/O: removes files.
 
@@ -103,11 +103,12 @@ def evict(seen: Seen, *, above: int, down_to: int) -> int:
         Bytes: nothing goes until more than `above` are there, then the oldest until `down_to` are left.
     """
     if seen.size <= above:
-        return 0
-    removed, left = 0, seen.size
+        return []
+    removed, left = [], seen.size
     for found in sorted(seen.entries):
         if left <= down_to:
             break
-        removed += remove(found.path)
+        if remove(found.path):
+            removed.append(found.path)
         left -= found.size
     return removed

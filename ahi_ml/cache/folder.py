@@ -341,8 +341,9 @@ class CacheFolder:
             _LOG.debug("eviction stopped: %s", error)
             return
         if removed:
-            self.count(evictions=removed)
-            state.mapped.clear()
+            self.count(evictions=len(removed))
+            for path in removed:
+                state.mapped.forget(path)
 
     def _folders(self) -> list[str]:
         try:

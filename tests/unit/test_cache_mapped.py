@@ -536,6 +536,20 @@ class TestSideBySide:
         np.testing.assert_array_equal(out, ROWS)
         assert by_one_call == [12]
 
+    def test_eviction_lets_go_of_what_it_removes_alone(self, cache: FrameCache) -> None:
+        bound = ROWS.nbytes * 5
+        cache = FrameCache(cache.folder, max_bytes=bound)
+        tier = cache.derived(STORE, "recipe")
+        side_by_side(tier)
+        before = cache.stats()["evictions"]
+        number = 0
+        while cache.stats()["evictions"] == before:
+            tier.write(f"other {number}", ROWS[0], True)
+            number += 1
+        gone = cache.stats()["evictions"] - before
+        assert 0 < gone < 12
+        assert mappings(cache.folder) == 12 - gone, "the oldest were the mapped ones"
+
     def test_where_addresses_are_few_they_lie_by_themselves(
         self, cache: FrameCache, tier: DerivedTier, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -210,10 +210,12 @@ class FrameDataset(Dataset[Item]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[Item]:
         """The items of some rows, in their order, read at the same time; see `__getitem__`."""
-        if not self._settled and get_worker_info() is not None:
+        worker = None if self._settled else get_worker_info()
+        if worker is not None:
             # A full collection writes to every object that a forked worker inherited, and so copies them all.
             gc.freeze()
             stack_as_anywhere()
+            self.store.reader.share_cores(worker.num_workers)
             self._settled = True
         buffers = self._buffers.get()
         return self.items(self.submit(self.look_up(rows), buffers.take), buffers)

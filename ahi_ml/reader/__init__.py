@@ -143,6 +143,10 @@ class Reader:
         """How many threads decode."""
         return self._pool.threads
 
+    def share_cores(self, processes: int) -> None:
+        """Decode with a part of the cores, two threads at least, since other processes decode too. I/O: none."""
+        self._pool.threads = min(self._pool.threads, max(2, self._pool.threads // processes))
+
     def requests(self) -> dict[str, float]:
         """Counts of the requests for frames so far: sent, retried, throttled, delayed_s. I/O: none."""
         counts = self._transport.stats()

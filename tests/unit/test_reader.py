@@ -852,3 +852,13 @@ def test_other_metadata_of_a_frame_that_was_read_before(reader_of: Any, cache: F
         (found,) = reader.read([source], options, cache=cache)
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "left"), [(64, 8, 8), (64, 1, 64), (2, 4, 2), (16, 16, 2), (1, 4, 1), (8, 3, 2)]
+)
+def test_workers_share_the_cores(threads: int, processes: int, left: int) -> None:
+    reader = Reader(Served({}), STORE, threads=threads)
+    reader.share_cores(processes)
+    assert reader.threads == left
+    reader.close()

@@ -6,8 +6,8 @@ convenience: a full disk or a read-only folder costs one warning, never a run.
 
 `frames` is what callers see, `derived` the tier of results, `entries` the headers, `folder` the place both
 share, `bound` when it is looked at and `eviction` what goes then; `recipe` says what may be kept, `locks` and
-`flight` who downloads, `remote` keeps frames in an object store as well, `sealed` encrypts, `mapped` holds what a
-process reads again.
+`flight` who downloads, `remote` keeps frames in an object store as well, `lookups` waits for it, `sealed` encrypts,
+`mapped` holds what a process reads again.
 """
 
 from ahi_ml.cache.derived import DerivedTier, ResultTier

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -145,15 +146,21 @@ class FrameCache:
         return DerivedTier(self._folder, datastore_id, recipe)
 
     def get(self, datastore_id: str, frame_id: str, reduce: int = 0) -> CacheEntry | None:
-        """The cached frame, or None; see `get_many`."""
-        return self.get_many(datastore_id, (frame_id,), reduce)[0]
+        """The cached frame, or None; see `get_many`.
+
+        I/O: when the folder has none, one request to the remote tier, if there is one; what it gives is kept in the
+        folder as well.
+        """
+        entry = self.get_many(datastore_id, (frame_id,), reduce)[0]
+        if entry is None and self._remote is not None:
+            entry = self.accept(datastore_id, frame_id, self._remote.get(self.name(datastore_id, frame_id)), reduce)
+        return entry
 
     def get_many(self, datastore_id: str, frame_ids: Sequence[str], reduce: int = 0) -> list[CacheEntry | None]:
-        """The cached frames, and None for those that are not there.
+        """The frames that the folder has, and None for those that are not there; for the remote tier, see `ask`.
 
         I/O: one file each that the process does not have mapped (see `cache.mapped`); a damaged one is deleted and
-        counted. When there is none, one request to the remote tier, if there is one; what it gives is kept in the
-        folder as well. Bytes are checked when a process first reads them, then once in 64 reads.
+        counted. Bytes are checked when a process first reads them, then once in 64 reads.
 
         Parameters
         ----------
@@ -204,8 +211,7 @@ class FrameCache:
             if entry is not None:
                 return entry
         found = self._folder.read_entry(name, reduce, check=not known)
-        entry = self._entry(*found) if found is not None else None
-        return entry or self._from_remote(name, reduce)
+        return self._entry(*found) if found is not None else None
 
     def _map(self, key: tuple[str, str], name: str, reduce: int) -> CacheEntry | None:
         """A frame that was read before, from memory from now on; None where that cannot or should not be."""
@@ -240,40 +246,57 @@ class FrameCache:
         opened = self._cipher.open(data)
         return None if opened is None else CacheEntry(opened, header.verified, whole)
 
-    def _from_remote(self, name: str, reduce: int) -> CacheEntry | None:
-        raw = self._remote.get(name) if self._remote is not None else None
-        found = self._accept(name, raw) if raw is not None else None
-        part = found[0].part(reduce) if found else None
-        entry = self._entry(found[0], found[1][: part[0]]) if found and part else None
-        if entry is not None:
-            self._folder.count(remote_hits=1)
-        return entry
+    def ask(self, datastore_id: str, frame_id: str) -> Future[bytes | None] | None:
+        """Start asking the remote tier for a frame that the folder has not; what it answers is for `accept`.
 
-    def _accept(self, name: str, raw: bytes) -> tuple[EncodedHeader, memoryview] | None:
-        """Check what the remote tier gave and keep it in the folder. Damaged, it is replaced by whoever fetches it."""
-        found = parse_encoded(raw)
-        if found is None:
-            self._folder.count(corrupt=1)
-        else:
-            self._folder.write(name, raw[:ENCODED_START], found[1])
-        return found
-
-    def bring(self, datastore_id: str, frame_ids: Sequence[str]) -> int:
-        """Copy frames that only the remote tier has into the folder, many at once.
-
-        I/O: one look at the disk and at most one request a frame; nothing without a remote tier. A `get` of each
-        would ask for one at a time.
+        I/O: one request, in the background, many at once. The future may be cancelled until the answer is there.
 
         Returns
         -------
-        int
-            How many came.
+        Future, or None
+            None when there is nobody to ask: no remote tier, or one that failed a moment ago.
+
+        Raises
+        ------
+        ConfigError
+            A remote tier whose URL nobody here can open.
         """
-        if self._remote is None:
-            return 0
-        names = [self.name(datastore_id, frame_id) for frame_id in dict.fromkeys(frame_ids)]
-        absent = [name for name in names if not os.path.exists(self._folder.place(name))]
-        return sum(self._accept(name, raw) is not None for name, raw in self._remote.get_many(absent))
+        return self._remote.ask(self.name(datastore_id, frame_id)) if self._remote is not None else None
+
+    def accept(self, datastore_id: str, frame_id: str, raw: bytes | None, reduce: int = 0) -> CacheEntry | None:
+        """Check what the remote tier gave of a frame, and keep it in the folder.
+
+        I/O: writes one file. It counts as a hit, and no more as the miss that it was in the folder. What is damaged
+        is counted; whoever fetches the frame replaces it.
+
+        Returns
+        -------
+        CacheEntry, or None
+            None when there was none, or none that can be used.
+
+        Raises
+        ------
+        CacheError
+            Others can look into the folder.
+        """
+        if raw is None:
+            return None
+        found = parse_encoded(raw)
+        if found is None:
+            self._folder.count(corrupt=1)
+            return None
+        header, data = found
+        self._folder.write(self.name(datastore_id, frame_id), raw[:ENCODED_START], data)
+        part = header.part(reduce)
+        entry = self._entry(header, data[: part[0]]) if part is not None else None
+        if entry is not None:
+            state = self._folder.state()
+            with state.lock:
+                state.stats.misses -= state.stats.misses > 0
+                state.stats.hits += 1
+                state.stats.remote_hits += 1
+                state.stats.bytes += len(entry.data)
+        return entry
 
     def flush(self) -> None:
         """Wait until what was put is in the remote tier as well, or was given up. I/O: requests under way."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
+from ahi_ml.cache.lookups import Lookups
 from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
 
@@ -22,7 +24,7 @@ __all__ = ["RemoteTier"]
 _LOG = logging.getLogger(__name__)
 _WRITERS = 8
 _MOST_WAITING = 64  # entries on their way there: beyond, whoever puts waits
-_AT_ONCE = 64  # entries asked for together
+_AT_ONCE = 64  # requests for entries under way: as many as may be for frames
 _START = 0  # said aloud, a read is one request; without it, s3fs asks for the size first
 _PAUSE_S = 60.0  # without asking a remote that failed
 
@@ -40,6 +42,7 @@ class _Connection:
                 f"the remote cache {url.partition('://')[0]}:// cannot be used: {error}. "
                 "For Amazon S3: pip install 'ahi_ml[s3]'"
             ) from error
+        self.lookups = Lookups(_AT_ONCE)
         self.pool = ThreadPoolExecutor(_WRITERS, "ahi-ml-remote-cache")
         self.room = threading.BoundedSemaphore(_MOST_WAITING)
         self.lock = threading.Lock()
@@ -85,7 +88,24 @@ class RemoteTier:
 
         I/O: one request.
         """
+        return self._read(self._process.get(), name)
+
+    def ask(self, name: str) -> Future[bytes | None] | None:
+        """Start what `get` does, many at once.
+
+        I/O: one request, in the background. The future may be cancelled until the answer is there.
+
+        Returns
+        -------
+        Future, or None
+            None without asking while a remote that failed is left alone.
+        """
         connection = self._process.get()
+        if self._pausing(connection):
+            return None
+        return connection.lookups.start(partial(self._read, connection, name))
+
+    def _read(self, connection: _Connection, name: str) -> bytes | None:
         if self._pausing(connection):
             return None
         try:
@@ -95,25 +115,6 @@ class RemoteTier:
         except Exception as error:  # whatever the libraries below raise: a cache must not end a run
             self._trouble(connection, error)
             return None
-
-    def get_many(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Yield name and bytes, unchecked, of the entries that are there. I/O: one request each, many at once."""
-        connection = self._process.get()
-        for first in range(0, len(names), _AT_ONCE):
-            if self._pausing(connection):
-                return
-            part = names[first : first + _AT_ONCE]
-            places = [_place(connection, name) for name in part]
-            try:
-                answers = connection.files.cat_ranges(places, _START, None, on_error="return")
-            except Exception as error:
-                self._trouble(connection, error)
-                return
-            for name, answer in zip(part, answers, strict=True):
-                if isinstance(answer, bytes):
-                    yield name, answer
-                elif not isinstance(answer, FileNotFoundError):
-                    self._trouble(connection, answer)
 
     def put(self, name: str, entry: bytes) -> None:
         """Send an entry there.

@@ -29,6 +29,7 @@ from ahi_ml.reader.lengths import lengths_of, part_of
 from ahi_ml.reader.making import make_frame
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.pool import DecodePool
+from ahi_ml.reader.remote import make_from_remote
 from ahi_ml.reader.stats import ReaderStats
 from ahi_ml.types import AnyArray
 
@@ -74,8 +75,9 @@ class Reader:
     ) -> Batch:
         """Start reading frames.
 
-        I/O: in the background, the caches' files and one request for each frame that is not there. Of a
-        frame that several threads or processes with the same cache want, one request is sent.
+        I/O: in the background, the caches' files and one request for each frame that is not there, after one to
+        the cache's remote tier, if it has one. Of a frame that several threads or processes with the same cache
+        want, one request is sent.
 
         Parameters
         ----------
@@ -341,7 +343,7 @@ class Reader:
             self._land(task)
 
     def _download(self, task: Task, cache: FrameCache) -> None:
-        """Fetch a frame unless somebody does: then look into the cache again when they are done."""
+        """Ask the remote tier, then the data store, unless somebody does: then look into the cache again after them."""
         flights, name = cache.flights, cache.name(self._datastore_id, task.source.frame_id)
         if task.flight is None:
             if not flights.join(name, lambda: self._hand_over(task, self._from_cache, cache)):
@@ -350,7 +352,24 @@ class Reader:
             if cache.has(self._datastore_id, task.source.frame_id):  # came since we looked
                 self._from_cache(task, cache)
                 return
-        self._fetch(task, cache)
+        asked = cache.ask(self._datastore_id, task.source.frame_id)
+        if asked is None:
+            self._fetch(task, cache)
+            return
+        task.batch.requests.add(asked)
+        asked.add_done_callback(lambda done: self._hand_over(task, self._from_remote, (done, cache)))
+
+    def _from_remote(self, task: Task, answer: tuple[Future[bytes | None], FrameCache]) -> None:
+        done, cache = answer
+        task.batch.requests.discard(done)
+        if done.cancelled():
+            self._let_go(task)
+            return
+        out = make_from_remote(task, cache, self._datastore_id, done.result())
+        if out is None:
+            self._fetch(task, cache)
+        else:
+            self._finish(task, out)
 
     def _fetch(self, task: Task, cache: FrameCache | None) -> None:
         if task.batch.cancelled:

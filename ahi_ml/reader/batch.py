@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Batch:
         self._lock = threading.Lock()
         self._done = threading.Lock()  # held until all are there: cheaper to wait for than an event
         self.cancelled = self.failed = False
-        self.requests: set[Future[bytes]] = set()
+        self.requests: set[Future[Any]] = set()
         self.results: tuple[ResultTier, Mapping[int, str]] | None = None  # where results are kept, and their keys
         if sources:
             self._done.acquire()
@@ -165,7 +166,7 @@ class Batch:
 
 
 class Task:
-    """One frame on its way from the network."""
+    """One frame on its way from the remote tier or the data store."""
 
     __slots__ = ("batch", "fetches", "flight", "options", "part", "slot", "source")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import ahi_ml
 from ahi_ml.cache import FrameCache
@@ -273,6 +275,36 @@ class TestPrefetch:
             item = ahi_ml.FrameDataset(store, index, cache=cache, **options)[0]
             assert (item["image"] == plain).all()
             assert store.reader.stats()["fetched"] == before
+
+
+@pytest.mark.parametrize("by", ["prefetch", "loader"])
+def test_frames_that_only_the_remote_tier_has(
+    store: ahi_ml.DataStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    index = store.search(primary=None).index()
+    url = f"memory://{tmp_path.name}"
+    store.prefetch(index, cache=FrameCache(tmp_path / "one", remote=url), progress=False)
+    other = FrameCache(tmp_path / "other", remote=url)
+    together, give = threading.Barrier(len(index), timeout=20), MemoryFileSystem.cat_file
+
+    def wait_and_give(*arguments: Any, **options: Any) -> bytes:
+        together.wait()  # until as many are asked for at once as there are
+        return bytes(give(*arguments, **options))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", wait_and_give)
+    counts = requests(store)
+    if by == "prefetch":
+        found = store.prefetch(index, cache=other, progress=False)
+        assert (found.stats.cached, found.stats.fetched, found.errors) == (len(index), 0, ())
+    else:
+        loader = ahi_ml.FrameLoader(ahi_ml.FrameDataset(store, index, cache=other), batch_size=1)
+        plain = images(ahi_ml.FrameDataset(store, index, cache=None))
+        counts.clear()
+        assert all(torch.equal(batch["image"][0], image) for batch, image in zip(loader, plain, strict=True))
+    assert not counts
+    assert not together.broken
+    stats = other.stats()
+    assert (stats["remote_hits"], stats["hits"], stats["misses"]) == (len(index), len(index), 0)
 
 
 def _turned(data: bytes) -> bytes:

@@ -36,7 +36,7 @@ class _Connection:
         try:
             import fsspec
 
-            self.files, self.root = fsspec.core.url_to_fs(url, **options)
+            self.files, self.root = fsspec.core.url_to_fs(url, **_connected(url, options, fsspec.config.conf))
         except (ImportError, ValueError) as error:  # no fsspec, no s3fs, or a protocol nobody knows
             raise ConfigError(
                 f"the remote cache {url.partition('://')[0]}:// cannot be used: {error}. "
@@ -166,6 +166,14 @@ class RemoteTier:
                 type(error).__name__,
                 error,
             )
+
+
+def _connected(url: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with as many connections as there are requests, for s3fs: of itself it opens ten, and the rest wait."""
+    if url.partition("://")[0] not in ("s3", "s3a"):
+        return dict(options)
+    given = {**settings.get("s3", {}), **settings.get("s3a", {}), **options}.get("config_kwargs") or {}
+    return {**options, "config_kwargs": {"max_pool_connections": _AT_ONCE + _WRITERS, **given}}
 
 
 def _place(connection: _Connection, name: str) -> str:

@@ -8,6 +8,8 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,43 @@ class TestS3:
                 cache.flush()
                 assert cache.get(STORE, str(number)) is not None
         assert len([record for record in caplog.records if record.name.startswith("ahi_ml")]) == 1
+
+    def test_as_many_connections_as_requests(self, tmp_path: Path) -> None:
+        pytest.importorskip("s3fs")
+        together = threading.Barrier(48, timeout=PATIENCE_S)
+
+        class NothingThere(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with suppress(threading.BrokenBarrierError):
+                    together.wait()  # until that many have come
+                self.send_response(404)
+                self.end_headers()
+
+            def log_message(self, *arguments: Any) -> None: ...
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 64
+
+        with Server(("127.0.0.1", 0), NothingThere) as server:
+            threading.Thread(target=server.serve_forever).start()
+            try:
+                options = _options(f"http://127.0.0.1:{server.server_port}")
+                cache = machine(tmp_path, "one", "s3://bucket/x", remote_options=options)
+                assert brought(cache, [str(number) for number in range(48)]) == 0
+            finally:
+                server.shutdown()
+        assert not together.broken
+
+    def test_other_settings_of_connections_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("s3fs")
+
+        def connections(**options: Any) -> dict[str, Any]:
+            tier = remote.RemoteTier("s3://bucket/x", {**_options("http://127.0.0.1:9"), **options})
+            return dict(tier._process.get().files.config_kwargs)
+
+        most = {"max_pool_connections": remote._AT_ONCE + remote._WRITERS}
+        assert connections() == most
+        assert connections(config_kwargs={"read_timeout": 3}) == {**most, "read_timeout": 3}
+        assert connections(config_kwargs={"max_pool_connections": 3}) == {"max_pool_connections": 3}
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 4}})
+        assert connections() == {**most, "read_timeout": 4}

@@ -22,7 +22,7 @@ from ahi_ml.perprocess import PerProcess
 __all__ = ["RemoteTier"]
 
 _LOG = logging.getLogger(__name__)
-_WRITERS = 8
+_WRITERS = 48  # with few, a first epoch goes at the pace of so many writes a round trip
 _MOST_WAITING = 64  # entries on their way there: beyond, whoever puts waits
 _AT_ONCE = 64  # requests for entries under way: as many as may be for frames
 _START = 0  # said aloud, a read is one request; without it, s3fs asks for the size first

@@ -17,6 +17,7 @@ import boto3
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ahi_ml.cache import FrameCache, remote
 from ahi_ml.config import cache_folder, cache_places
@@ -106,6 +107,20 @@ class TestTier:
             entry = other.get(STORE, frame)
             assert entry is not None
             assert entry.data == frame.encode() * 100
+
+    def test_many_are_written_at_once(self, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        together, keep = threading.Barrier(48, timeout=PATIENCE_S), MemoryFileSystem.pipe_file
+
+        def wait_and_keep(*arguments: Any, **options: Any) -> None:
+            together.wait()
+            keep(*arguments, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", wait_and_keep)
+        cache = machine(tmp_path, "one", url)
+        for number in range(48):
+            cache.put(STORE, str(number), DATA, verified=True)
+        cache.flush()
+        assert len(objects()) == 48
 
     def test_without_one_there_is_nobody_to_ask(self, tmp_path: Path) -> None:
         assert FrameCache(tmp_path).ask(STORE, FRAME) is None

@@ -20,9 +20,11 @@ from typing import IO, Any
 from ahi_ml.errors import ConfigError
 from ahi_ml.types import PathType
 
-__all__ = ["RemoteFile", "local_or_remote"]
+__all__ = ["RemoteFile", "local_or_remote", "refuse_password"]
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
+# Secret keys of S3 may have slashes. A number before the first slash is a port elsewhere; S3's URLs have none.
+_PASSWORD = re.compile(r"://[^/@\[]*:(?!\d+[/?#])[^@]*@|\bs3a?://[^/@]*:[^@]*@")
 # What file systems call the things that change with the contents. A size alone is no proof of anything.
 _TELLING = (
     "ETag",
@@ -42,6 +44,21 @@ _TELLING = (
     "updated",
     "created",
 )
+
+
+def refuse_password(url: str) -> None:
+    """Refuse a URL with a password in it. I/O: none.
+
+    Raises
+    ------
+    ConfigError
+        There is one: it would travel in pickles and stand in messages.
+    """
+    if _PASSWORD.search(url):
+        # Which part of it is secret is anybody's guess.
+        raise ConfigError(
+            f"the {url.partition('://')[0]}:// URL holds a password: put it into fsspec's configuration instead"
+        )
 
 
 def local_or_remote(path: PathType) -> Path | RemoteFile:
@@ -77,14 +94,13 @@ class RemoteFile:
     Raises
     ------
     ConfigError
-        A password in the URL: it would travel in pickles and stand in messages.
+        A password in the URL.
     """
 
     url: str
 
     def __post_init__(self) -> None:
-        if re.search(r"//[^/@]*:[^/@]*@", self.url):
-            raise ConfigError(f"{self} holds a password: put it into fsspec's configuration instead")
+        refuse_password(self.url)
 
     def __str__(self) -> str:
         """The URL without user, password and query, which may hold a signature."""

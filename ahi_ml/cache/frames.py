@@ -78,8 +78,8 @@ class FrameCache:
     Raises
     ------
     ConfigError
-        A bound that is not positive, a remote that is no URL, one callable without the other. On first use: a URL
-        nobody here can open.
+        A bound that is not positive, a remote that is no URL or has a password in it, one callable without the other.
+        On first use: a URL nobody here can open.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from typing import Any
 from ahi_ml.cache.lookups import Lookups
 from ahi_ml.errors import ConfigError
 from ahi_ml.perprocess import PerProcess
+from ahi_ml.remote import refuse_password
 
 __all__ = ["RemoteTier"]
 
@@ -67,12 +68,13 @@ class RemoteTier:
     Raises
     ------
     ConfigError
-        No URL.
+        No URL, or one with a password in it.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         if "://" not in url:
             raise ConfigError(f"a remote cache is a URL such as s3://bucket/prefix, not {url!r}")
+        refuse_password(url)
         self.url = url.rstrip("/") if not url.endswith("://") else url
         self.options = dict(options or {})
         self._process = PerProcess(self._connect)

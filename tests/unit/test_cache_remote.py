@@ -267,6 +267,21 @@ class TestTrouble:
 
 
 class TestPlaces:
+    @pytest.mark.parametrize(
+        "url", ["s3://AKIA:hunter2@bucket/x", "s3://AKIA:hun/ter2@bucket/x", "sftp://me:hunter2@host/x"]
+    )
+    def test_a_password_in_the_url_is_refused(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+        monkeypatch.setenv("AHI_ML_CACHE", url)
+        for make in (
+            lambda: FrameCache(tmp_path, remote=url),
+            lambda: FrameCache.at(url),
+            FrameCache.at,
+            lambda: DataStore(Target(STORE, None, cache=url)).cache,
+        ):
+            with pytest.raises(ConfigError, match="password") as caught:
+                make()
+            assert not any(part in str(caught.value) for part in ("hun", "ter2", "AKIA"))
+
     def test_argument_then_environment_then_default(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv("AHI_ML_CACHE", raising=False)
         usual = cache_folder()

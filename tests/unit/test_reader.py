@@ -710,6 +710,20 @@ class TestLowerResolutions:
         assert len(served.requests) == 2
         assert reader.stats()["verified"] >= 9
 
+    def test_padding_needs_whole_frames_of_the_remote_tier(self, reader_of: Any, tmp_path: Path) -> None:
+        image = np.random.default_rng(5).integers(0, 3000, (64, 64)).astype(np.int16)
+        tags = {"StoredTransferSyntaxUID": HTJ2K_LOSSLESS_RPCL, "PixelPaddingValue": int(image[9, 9])}
+        source = source_of("a" * 32, image, **tags)
+        served = Served({"a" * 32: jpeg2000.encode_htj2k(image)})
+        reader = reader_of(served)
+        one_folder, other = (FrameCache(tmp_path / name, remote=f"memory://{tmp_path}") for name in ("one", "other"))
+        options = ReadOptions(padding="mask", reduce=1)
+        expected = one(reader.read([source], options, cache=one_folder)).copy()
+        one_folder.flush()
+        np.testing.assert_array_equal(one(reader.read([source], options, cache=other)), expected)
+        assert len(served.requests) == 1
+        assert other.stats()["remote_hits"] == 1
+
     def test_windows(self, reader_of: Callable[..., Reader]) -> None:
         image = np.full((16, 16), 100, np.int16)
         image[:8] = -2000

@@ -333,7 +333,12 @@ class Reader:
 
     def _by_level(self, sources: list[FrameSource], options: ReadOptions, cache: FrameCache) -> list[CacheEntry | None]:
         """Frames of which some are needed whole, others not."""
-        return [cache.get(self._datastore_id, each.frame_id, options.levels(each.profile)) for each in sources]
+        datastore_id = self._datastore_id
+        return [
+            entry
+            for each in sources
+            for entry in cache.get_many(datastore_id, (each.frame_id,), options.levels(each.profile))
+        ]
 
     def _from_cache(self, task: Task, cache: FrameCache) -> None:
         """Look into the cache again, since somebody has fetched the frame."""

@@ -387,6 +387,19 @@ class TestJpegXl:
         assert np.array_equal(out, image)
         assert codec.decode(data, self.SYNTAX, pixels, reduce=1).shape[:2] == (20, 26)
 
+    @pytest.mark.parametrize(("dtype", "bits"), [("i2", 12), ("u2", 12), ("i1", 6), ("u1", 6)])
+    @pytest.mark.parametrize("junk", [0, 1])
+    def test_sign_and_unused_bits_are_as_in_raw_frames(self, dtype: str, bits: int, junk: int) -> None:
+        """What stands above the stored bits (an old overlay, or nothing) is not part of a value."""
+        full = noise(dtype, (40, 52))
+        shift = 8 * full.itemsize - bits
+        image = full >> shift if dtype[0] == "u" else full << shift >> shift
+        raw = image.view(f"u{image.itemsize}") & (1 << bits) - 1 | junk << bits
+        pixels = format_of(image, bits=bits)
+        found = codec.decode(imagecodecs.jpegxl_encode(raw, lossless=True), self.SYNTAX, pixels)
+        assert np.array_equal(found, image)
+        assert np.array_equal(found, codec.decode(raw.tobytes(), EXPLICIT_LE, pixels))
+
     def test_cut_short(self) -> None:
         data = imagecodecs.jpegxl_encode(noise("u2", (64, 64)), lossless=True)
         for end in (len(data) // 8, len(data) // 2, len(data) - 1):

@@ -55,10 +55,18 @@ def _copy_exactly(stored: AnyArray, out: AnyArray) -> None:
 def _colour(profile: FrameProfile, options: ReadOptions, stored: AnyArray, out: AnyArray) -> None:
     rgb = _rgb(stored, profile)
     if options.output == "display":
-        top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
-        np.divide(rgb, top, out=out, casting="unsafe")
+        low, high = _colour_range(profile)
+        above = rgb - np.float64(low) if low else rgb
+        np.divide(above, high - low, out=out, casting="unsafe")
     else:
         _copy_exactly(rgb, out)
+
+
+def _colour_range(profile: FrameProfile) -> tuple[int, int]:
+    """What is black and what is white: samples need not fill their dtype, nor entries of a palette."""
+    if profile.palette is None:
+        return profile.pixels.stored_range
+    return 0, (1 << max(channel.bits for channel in profile.palette)) - 1
 
 
 def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:

@@ -591,6 +591,29 @@ class TestValues:
         np.testing.assert_allclose(self.read(reader_of, image, ReadOptions(output="display")), image / 255, atol=1e-6)
         assert self.read(reader_of, image, ReadOptions(dtype="uint8")).dtype == np.uint8
 
+    @pytest.mark.parametrize(("dtype", "bits"), [("uint8", 8), ("uint16", 10), ("uint16", 12), ("int16", 12)])
+    def test_colour_is_shown_over_the_range_that_is_stored(self, reader_of: Any, dtype: str, bits: int) -> None:
+        image = random_image(11, dtype, (6, 8, 3)) >> 8 * np.dtype(dtype).itemsize - bits
+        low = -(1 << bits - 1) if dtype[0] == "i" else 0
+        image[0, 0], image[0, 1] = low, low + (1 << bits) - 1
+        shown = self.read(reader_of, image, ReadOptions(output="display"), BitsStored=bits)
+        expected = (image.astype(np.float64) - low) / ((1 << bits) - 1)
+        np.testing.assert_array_equal(shown, expected.astype(np.float32))
+        assert (shown[0, 0].tolist(), shown[0, 1].tolist()) == ([0] * 3, [1] * 3)
+
+    @pytest.mark.parametrize("bits", [8, 12, 16])
+    def test_palettes_are_shown_over_the_range_of_their_entries(self, reader_of: Any, bits: int) -> None:
+        image = random_image(13, "uint8")
+        entries = np.random.default_rng(13).integers(0, 1 << bits, 256)
+        entries[-1] = (1 << bits) - 1
+        palette: dict[str, Any] = {}
+        for name in ("Red", "Green", "Blue"):
+            palette[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+            palette[f"{name}PaletteColorLookupTableData"] = entries.tolist()
+        attributes = {"PhotometricInterpretation": "PALETTE COLOR", "lookup_tables": json_of({"Palette": palette})}
+        shown = self.read(reader_of, image, ReadOptions(output="display"), **attributes)
+        np.testing.assert_allclose(shown[..., 1], entries[image] / ((1 << bits) - 1), atol=1e-6)
+
     def test_ybr_full_is_rgb_but_for_stored(self, reader_of: Any) -> None:
         image = random_image(12, "uint8", (6, 8, 3))
         tags = {"PhotometricInterpretation": "YBR_FULL"}

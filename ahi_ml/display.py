@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from ahi_ml.types import AnyArray
 
+    AnyWindow = Window | str | tuple[float, float]
+
 __all__ = ["montage", "mpr"]
 
 _FALLBACK_PERCENTILES = (0.5, 99.5)
@@ -27,20 +29,19 @@ def _pyplot() -> Any:
     return plt
 
 
-def _limits(volume: xr.DataArray, window: Window | str | None) -> tuple[float, float]:
+def _limits(volume: xr.DataArray, window: AnyWindow | None) -> tuple[float, float]:
     """Grey range of a picture: the window's, or that of the volume's middle."""
     if window is None and volume.attrs.get("units") == "HU":
         window = Window.preset("abdomen")
-    if isinstance(window, str):
-        window = Window.preset(window)
     if window is not None:
+        window = Window.of(window)
         return window.center - window.width / 2, window.center + window.width / 2
     middle = volume.isel(z=slice(volume.sizes["z"] // 4, 3 * volume.sizes["z"] // 4 + 1)).values
     low, high = np.nanpercentile(middle, _FALLBACK_PERCENTILES)
     return float(low), float(max(high, low + 1e-6))
 
 
-def montage(volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: Window | str | None = None) -> Any:
+def montage(volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: AnyWindow | None = None) -> Any:
     """Draw evenly spaced slices of a volume, each in its true proportions.
 
     I/O: reads the slices drawn; writes nothing.
@@ -51,8 +52,8 @@ def montage(volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: 
         ``(z, y, x)``, as `open_volume` gives it.
     count, columns : int
         Slices, and how many stand in a row.
-    window : Window or str, optional
-        Grey range or the name of a preset; abdomen for CT, else by percentiles.
+    window : Window, str or pair, optional
+        Grey range: a window, the name of a preset, or (center, width); abdomen for CT, else by percentiles.
 
     Returns
     -------
@@ -78,7 +79,7 @@ def montage(volume: xr.DataArray, *, count: int = 12, columns: int = 4, window: 
     return figure
 
 
-def mpr(volume: xr.DataArray, *, window: Window | str | None = None) -> Any:
+def mpr(volume: xr.DataArray, *, window: AnyWindow | None = None) -> Any:
     """Draw the three middle planes of a volume, in true proportions, with orientation letters.
 
     I/O: reads the whole volume; writes nothing. Columns and returns as `montage`.

@@ -74,8 +74,8 @@ class FrameDataset(Dataset[Item]):
         Of the image.
     padding : "keep", "mask" or float
         What becomes of pixels with the file's padding value.
-    window : Window, optional
-        For ``output="display"``.
+    window : Window, str, pair or int, optional
+        For ``output="display"``; see `ReadOptions`.
     reduce : int
         Resolution levels to leave out; each halves rows and columns. See `ReadOptions`.
     cache : FrameCache, path or None
@@ -108,7 +108,7 @@ class FrameDataset(Dataset[Item]):
         output: Output = "modality",
         dtype: Any = None,
         padding: Literal["keep", "mask"] | float = "keep",
-        window: Window | None = None,
+        window: Window | str | tuple[float, float] | int | None = None,
         reduce: int = 0,
         cache: FrameCache | PathType | Literal["store"] | None = "store",
         cache_decoded: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,22 @@ class Window:
         if self.width < 1 if self.function == "LINEAR" else self.width <= 0:
             least = "at least 1" if self.function == "LINEAR" else "above 0"
             raise ConfigError(f"Window width {self.width} is unusable: {self.function} needs {least}")
+
+    @classmethod
+    def of(cls, value: Window | str | Sequence[float]) -> Window:
+        """Return the window that is meant by one, by the name of a preset, or by a pair (center, width).
+
+        Raises ConfigError for anything else.
+        """
+        if isinstance(value, Window):
+            return value
+        if isinstance(value, str):
+            return cls.preset(value)
+        try:
+            center, width = map(float, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{value!r} is no Window, no name of a preset, and no pair (center, width)") from error
+        return cls(center, width)
 
     @classmethod
     def preset(cls, name: str) -> Window:

@@ -107,8 +107,9 @@ def make_frame(
         place = out if direct else _scratch_array(*form.decoded)
         stored = _prepared(source, form.levels, entry)(place)
     except DecodeError as error:
-        where = f"frame {source.frame_id} of image set {source.image_set_id}"
-        raise type(error)(f"{where}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id) from error
+        raise type(error)(
+            f"{_named(source)}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
+        ) from error
     if of_pixels:
         if crc32(stored) != source.checksum:
             raise _mismatch(source, "decoded pixels", again)
@@ -116,7 +117,10 @@ def make_frame(
     decoded = perf_counter()
     if direct:
         return verified, decoded - started, 0.0
-    form.convert(stored, out)
+    try:
+        form.convert(stored, out)
+    except ConfigError as error:
+        raise type(error)(f"{_named(source)}: {error}") from error
     return verified, decoded - started, perf_counter() - decoded
 
 
@@ -142,9 +146,13 @@ def _scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
     return array
 
 
+def _named(source: FrameSource) -> str:
+    return f"frame {source.frame_id} of image set {source.image_set_id}"
+
+
 def _mismatch(source: FrameSource, what: str, again: bool) -> ChecksumError:
     return ChecksumError(
-        f"frame {source.frame_id} of image set {source.image_set_id}: its {what} differ from the data store's "
+        f"{_named(source)}: its {what} differ from the data store's "
         f"checksum{', twice' if again else ''}. Report the frame; verify=False reads it all the same",
         image_set_id=source.image_set_id,
         frame_id=source.frame_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import FrameProfile
-from ahi_ml.pixels import Window
+from ahi_ml.pixels import LookupTable, Window
 from ahi_ml.types import FrameStep, Output
 
 __all__ = ["ReadOptions"]
@@ -25,7 +26,7 @@ class ReadOptions:
     ----------
     output : {"stored", "modality", "display"}
         Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
-        by the file's first window.
+        by the file's VOI LUT or first window.
     dtype : dtype, optional
         Of the result: by default the stored dtype for "stored", else float32.
     steps : tuple of FrameStep
@@ -33,8 +34,10 @@ class ReadOptions:
     padding : "keep", "mask" or float
         Pixels equal to the file's padding value stay, become NaN, or become this value. So do those of a lower
         resolution that any padding has part in, which takes the whole frame to tell.
-    window : Window, optional
-        Instead of the file's own, for "display".
+    window : Window, str, pair or int, optional
+        For "display", instead of the file's VOI LUT or first window: a window, the name of a preset (see
+        `pixels.Window.preset`), a center and a width, or which of the file's own windows, from 0; those of no usable
+        width do not count, and a file that has fewer is a ConfigError of the frame.
     verify : bool
         Whether to compare with the data store's checksums. They are of full frames: a reduced one counts
         as verified only when its frame was so when it was cached.
@@ -48,7 +51,7 @@ class ReadOptions:
     dtype: Any = None
     steps: tuple[FrameStep, ...] = ()
     padding: Literal["keep", "mask"] | float = "keep"
-    window: Window | None = None
+    window: Window | str | tuple[float, float] | int | None = None
     verify: bool = True
     reduce: int = 0
 
@@ -64,6 +67,26 @@ class ReadOptions:
         if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
             raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
 
+        object.__setattr__(self, "window", _normalised(self.window))
+
+    def voi(self, profile: FrameProfile) -> Window | LookupTable | None:
+        """What makes display values of modality values; None if nothing was given and the file has none. I/O: none.
+
+        Raises
+        ------
+        ConfigError
+            The file has fewer windows than were counted on.
+        """
+        chosen = self.window
+        if chosen is None:
+            return profile.voi or (profile.windows[0] if profile.windows else None)
+        if not isinstance(chosen, int):
+            return Window.of(chosen)
+        if chosen >= len(profile.windows):
+            usable = f"{len(profile.windows)} usable windows" if profile.windows else "no usable window"
+            raise ConfigError(f"window={chosen} counts from 0, and the file has {usable}")
+        return profile.windows[chosen]
+
     def levels(self, profile: FrameProfile) -> int:
         """How many resolution levels decoding leaves out: none where padding must be found. I/O: none."""
         # Between padding and tissue the wavelet makes values of its own, which are equal to neither.
@@ -75,3 +98,15 @@ class ReadOptions:
         chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
         dtype: np.dtype[Any] = np.dtype(chosen)
         return dtype
+
+
+def _normalised(window: Window | str | tuple[float, float] | int | None) -> Window | int | None:
+    if window is None or isinstance(window, str):
+        return window if window is None else Window.of(window)
+    try:
+        which = operator.index(window)  # type: ignore[arg-type]
+    except TypeError:
+        return Window.of(window)  # type: ignore[arg-type]
+    if isinstance(window, bool) or which < 0:
+        raise ConfigError(f"window counts the file's own windows from 0, and is not {window!r}")
+    return which

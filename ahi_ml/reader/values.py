@@ -87,11 +87,19 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
         convert = partial(masked, convert, profile, options)
     if options.output != "display":
         return convert
-    window = options.window or profile.voi or (profile.windows[0] if profile.windows else None)
+    try:
+        window = options.voi(profile)
+    except ConfigError as error:
+        return partial(_refuse, error)
     bits, signed = profile.pixels.bits_stored, profile.pixels.signed
     span = modality.value_range(bits, signed) if isinstance(modality, Rescale) else (0.0, float(2**modality.bits - 1))
     show = partial(to_display, window=window, invert=profile.inverted, value_range=span)
     return partial(_with_display, convert, show)
+
+
+def _refuse(error: ConfigError, stored: AnyArray, out: AnyArray) -> None:
+    """Raise for each frame: those read together, of files of other kinds, are not to fail with it."""
+    raise type(error)(*error.args)
 
 
 def _with_padding(

@@ -13,6 +13,7 @@ from xarray.core import indexing
 from ahi_ml.errors import ConfigError, GeometryError, MixedOrientationError, NotFoundError
 from ahi_ml.geometry import Geometry, Stack, group_frames, stack_frames
 from ahi_ml.index import DatasetIndex
+from ahi_ml.pixels import Window
 from ahi_ml.reader import ReadOptions
 from ahi_ml.store import DataStore
 from ahi_ml.types import AnyArray, Output
@@ -30,6 +31,7 @@ def open_volume(
     output: Output = "modality",
     dtype: Any = None,
     padding: Literal["keep", "mask"] | float = "keep",
+    window: Window | str | tuple[float, float] | int | None = None,
     gaps: Literal["error", "fill", "keep"] = "error",
     verify: bool = True,
     reduce: int = 0,
@@ -46,7 +48,7 @@ def open_volume(
         Where the frames are.
     series : str or DatasetIndex
         A series UID (its latest primary image set), or an index of one series (the versions it pins).
-    output, dtype, padding, verify
+    output, dtype, padding, window, verify
         See `ReadOptions`; modality values (HU for CT) as float32 by default.
     reduce : int
         Resolution levels to leave out: each doubles the spacing in plane; the first voxel stays where it is.
@@ -70,14 +72,14 @@ def open_volume(
     GeometryError
         The frames form no volume; GapError, DuplicateSliceError and MixedOrientationError say why.
     ConfigError
-        An index of no series or of several.
+        An index of no series or of several, or options that cannot work.
     NotFoundError
         No primary image set has this series UID.
     """
+    options = ReadOptions(output=output, dtype=dtype, padding=padding, window=window, verify=verify, reduce=reduce)
     index = _one_series(store, series)
     stack, index = stack_series(index, gaps=gaps)
     profile = index.profile(0)
-    options = ReadOptions(output=output, dtype=dtype, padding=padding, verify=verify, reduce=reduce)
     result_dtype = options.result_dtype(profile)
     frame_shape = profile.shape(output, reduce)
     if reduce:

@@ -39,6 +39,7 @@ from ahi_ml.errors import (
     NotFoundError,
 )
 from ahi_ml.index import DatasetIndex
+from ahi_ml.pixels import Window
 from ahi_ml.store import DataStore, connect
 from ahi_ml.volume import open_volume
 
@@ -272,6 +273,16 @@ class TestPhantom:
         assert volume.dtype == np.float32
         assert (volume.name, volume.attrs["units"]) == ("CT", "HU")
         np.testing.assert_array_equal(volume.values, 2 * encoded().astype(np.float32) - 1024)
+
+    @pytest.mark.parametrize("window", ["abdomen", (50, 400), Window(50, 400)])
+    def test_a_window_for_display(self, volume_of: Open, window: Any) -> None:
+        expected = 2 * encoded().astype(np.float32) - 1024
+        Window(50, 400).apply(expected)
+        np.testing.assert_array_equal(volume_of("oblique", output="display", window=window).values, expected)
+
+    def test_options_are_looked_at_before_anything_is_asked(self, store: DataStore) -> None:
+        with pytest.raises(ConfigError, match="lungs"):  # and no NotFoundError
+            open_volume(store, "1.2.3", output="display", window="lungs")
 
     def test_affine_and_coordinates_place_every_voxel(self, volume_of: Open) -> None:
         volume = volume_of("oblique")

@@ -80,7 +80,7 @@ class TestMontage:
             assert axis.get_aspect() == pytest.approx(2.0)
             assert axis.get_images()[0].origin == "upper"
 
-    @pytest.mark.parametrize("window", ["lung", Window(-600, 1500)])
+    @pytest.mark.parametrize("window", ["lung", (-600, 1500), Window(-600, 1500)])
     def test_windows_by_name_and_value(self, window: Any) -> None:
         volume = volume_of(10 * ramp())
         (axis,) = drawn(montage(volume, count=1, window=window))

@@ -457,6 +457,10 @@ def test_window_presets_and_refusals() -> None:
         Window.preset("lungs")
     with pytest.raises(ConfigError, match=r"choose from .*bone"):
         Window.preset("?")
+    assert Window.of("lung") == Window.of((-600, 1500)) == Window.of(Window(-600, 1500)) == Window(-600, 1500)
+    for wrong in (3, None, (1, 2, 3), "lungs", ("a", 1)):
+        with pytest.raises(ConfigError):
+            Window.of(wrong)
     for bad in (
         (40, 0.5),
         (40, 0),

@@ -24,7 +24,7 @@ from pydicom.pixels import (
     convert_color_space,
 )
 
-from ahi_ml.cache import FrameCache
+from ahi_ml.cache import FrameCache, recipe
 from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, jpeg2000, pack_bits, reached
 from ahi_ml.errors import (
     ChecksumError,
@@ -550,6 +550,50 @@ class TestValues:
         np.testing.assert_allclose(read, np.clip((image + 100.0) / 400, 0, 1), atol=1e-6)
 
     @pytest.mark.parametrize(
+        ("window", "center", "width"),
+        [
+            ("lung", -600, 1500),
+            ((50, 400), 50, 400),
+            ([50.0, 400.0], 50, 400),
+            (np.array([50, 400]), 50, 400),
+            (0, 40, 400),
+            (np.int64(1), -500, 1400),
+        ],
+    )
+    def test_windows_by_name_by_numbers_and_of_the_file(
+        self, reader_of: Any, window: Any, center: float, width: float
+    ) -> None:
+        image = random_image(8) >> 4
+        table = {"LUTDescriptor": [256, 0, 10], "LUTData": list(range(256))}  # preferred when nothing is given
+        tags: dict[str, Any] = {"WindowCenter": [9.0, 40.0, -500.0], "WindowWidth": [0.0, 400.0, 1400.0]}
+        options = ReadOptions(output="display", window=window)
+        read = self.read(reader_of, image, options, **tags, lookup_tables=json_of({"VOILUTSequence": table}))
+        dataset = dataset_of(image, WindowCenter=center, WindowWidth=width)
+        expected = (apply_windowing(image, dataset) + 2**15) / (2**16 - 1)  # pydicom maps to the range of 16 bits
+        np.testing.assert_allclose(read, expected, atol=2e-6)
+
+    def test_a_window_that_the_file_does_not_have_fails_its_frames_alone(self, reader_of: Any) -> None:
+        images, (with_two, with_none), blobs = raw_frames(2)
+        with_two = with_two._replace(
+            kind=profile_of(images[with_two.frame_id], WindowCenter=[1.0, 2.0], WindowWidth=[9.0, 9.0])
+        )
+        options = ReadOptions(output="display", window=1)
+        outcomes = reader_of(blobs).submit([with_two, with_none], options).outcomes(PATIENCE_S)
+        assert isinstance(outcomes[0], np.ndarray)
+        with pytest.raises(ConfigError, match=rf"{with_none.frame_id}.*window=1.*no usable window"):
+            raise outcomes[1]
+        with pytest.raises(ConfigError, match=r"window=2 .* 2 usable windows"):
+            reader_of(blobs).read([with_two], replace(options, window=2))
+
+    def test_options_with_one_window_are_one(self) -> None:
+        given = [ReadOptions(window=each) for each in ("lung", " LUNG", (-600, 1500), Window(-600, 1500))]
+        assert len({*given}) == 1
+        assert len({*given, ReadOptions(), ReadOptions(window=0), ReadOptions(window=1)}) == 4
+        recipes = {recipe(window=ReadOptions(window=each).window) for each in (None, 0, 1, "lung", "bone", (0, 1))}
+        assert len(recipes) == 6
+        assert None not in recipes
+
+    @pytest.mark.parametrize(
         ("tags", "signed", "is_padding"),
         [
             ({"PixelPaddingValue": -2000}, True, lambda stored: stored == -2000),
@@ -815,6 +859,15 @@ class TestLowerResolutions:
         {"reduce": -1},
         {"reduce": 9},
         {"reduce": 0.5},
+        {"window": "lungs"},
+        {"window": (40,)},
+        {"window": (40, 0)},
+        {"window": (40, float("nan"))},
+        {"window": ("a", "b")},
+        {"window": 40.0},
+        {"window": -1},
+        {"window": True},
+        {"window": {}},
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from ahi_ml.cache import FrameCache, ResultTier, recipe
+from ahi_ml.cache import FrameCache, ResultTier
 from ahi_ml.datasets.buffers import BufferPool
 from ahi_ml.datasets.collate import stack_as_anywhere
 from ahi_ml.datasets.pending import KnownRows, PendingBatch, TensorOptions, channels_last
@@ -71,7 +71,7 @@ class FrameDataset(Dataset[Item]):
     output : {"modality", "stored", "display"}
         See `ReadOptions`. Stored uint16 comes as int32, uint32 as int64.
     dtype : dtype, optional
-        Of the image.
+        Of the image: a dtype of numpy, or one of torch that numpy has too (bfloat16 is not).
     padding : "keep", "mask" or float
         What becomes of pixels with the file's padding value.
     window : Window, str, pair or int, optional
@@ -139,16 +139,7 @@ class FrameDataset(Dataset[Item]):
         """Where results of this dataset's options are kept. I/O: connects, for a folder."""
         if self.cache is None:
             raise ConfigError("cache_decoded=True keeps images in the cache, and cache=None has none")
-        options = self.options
-        described = recipe(
-            output=options.output,
-            dtype=None if options.dtype is None else np.dtype(options.dtype),
-            steps=options.steps,
-            padding=options.padding,
-            window=options.window,
-            reduce=options.reduce,
-            verify=options.verify,  # or who verifies would be given what somebody else did not look at
-        )
+        described = self.options.recipe()
         if described is None:
             _LOG.warning("images are not kept in the cache: a pixel step has no fingerprint that would tell a change")
             return None

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from ahi_ml.cache import recipe
+from ahi_ml.errors import ConfigError
 from ahi_ml.index import DatasetIndex, FrameProfile, FrameSources
 from ahi_ml.reader import Batch, ReadOptions
 from ahi_ml.types import AnyArray
@@ -26,9 +29,38 @@ class TensorOptions(ReadOptions):
 
     __slots__ = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", _numpy_dtype(self.dtype))
+        super().__post_init__()
+        if self.dtype is not None:
+            try:
+                torch.from_numpy(np.empty(0, self.dtype))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"torch has no tensors of numpy's {self.dtype!r}") from error
+
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         dtype = super().result_dtype(profile)
         return dtype if self.dtype is not None else _TORCH_SAFE.get(dtype, dtype)
+
+    def recipe(self) -> str | None:
+        """What tells results of these options from those of others: see `cache.recipe`. I/O: none."""
+        return recipe(
+            output=self.output,
+            dtype=self.dtype,
+            steps=self.steps,
+            padding=self.padding,
+            window=self.window,
+            reduce=self.reduce,
+            verify=self.verify,  # or who verifies would be given what somebody else did not look at
+        )
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"images are read as numpy arrays, which have no {dtype}: convert the batch") from error
 
 
 @dataclass(frozen=True, eq=False)

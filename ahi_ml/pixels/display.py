@@ -65,9 +65,12 @@ def to_display(
     return out
 
 
-def uint8(display: AnyArray) -> NDArray[np.uint8]:
-    """Return display values 0..1, floating, as 0..255, halves up; clipped, NaN as 0. I/O: none."""
-    out = np.empty(display.shape, np.uint8)
+def uint8(display: AnyArray, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Return display values 0..1, floating, as 0..255, halves up; clipped, NaN as 0. In `out`, if given. I/O: none."""
+    if out is None:
+        out = np.empty(display.shape, np.uint8)
+    elif out.shape != display.shape or out.dtype != np.uint8:
+        raise ConfigError(f"Output is {out.shape} {out.dtype}, the display values are {display.shape}: needs uint8")
     for rows in blocks(display):
         scratch = np.asarray(np.fmax(display[rows], 0.0))
         np.minimum(scratch, 1.0, out=scratch)

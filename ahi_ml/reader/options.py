@@ -28,9 +28,10 @@ class ReadOptions:
         Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
         by the file's VOI LUT or first window.
     dtype : dtype, optional
-        Of the result: by default the stored dtype for "stored", else float32.
+        Of the result, as numpy knows it: by default the stored dtype for "stored", else float32. With uint8, "display"
+        is 0 to 255, and 0 where padding is masked.
     steps : tuple of FrameStep
-        Applied in place, in order, after the output.
+        Applied in place, in order, after the output; to floating values only.
     padding : "keep", "mask" or float
         Pixels equal to the file's padding value stay, become NaN, or become this value. So do those of a lower
         resolution that any padding has part in, which takes the whole frame to tell.
@@ -58,16 +59,24 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.output not in ("stored", "modality", "display"):
             raise ConfigError(f"output is 'stored', 'modality' or 'display', not {self.output!r}")
-        if isinstance(self.reduce, bool) or not isinstance(self.reduce, int) or not 0 <= self.reduce <= _MOST_REDUCED:
-            raise ConfigError(f"reduce is a number of resolution levels from 0 to {_MOST_REDUCED}, not {self.reduce!r}")
+        object.__setattr__(self, "reduce", _levels(self.reduce))
+        object.__setattr__(self, "dtype", None if self.dtype is None else _numeric(self.dtype))
         if isinstance(self.padding, str) and self.padding not in ("keep", "mask"):
             raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
         if self.output == "stored" and (self.steps or self.padding != "keep"):
             raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
-        if self.output == "display" and self.dtype is not None and np.dtype(self.dtype).kind != "f":
-            raise ConfigError(f"display values lie between 0 and 1: dtype must be a floating one, not {self.dtype}")
+        if self.output == "display" and self.dtype is not None and self.dtype.kind != "f":
+            if not self.in_bytes:
+                raise ConfigError(f"display values are 0 to 1, or 0 to 255 in uint8: dtype cannot be {self.dtype}")
+            if self.steps:
+                raise ConfigError("pixel steps work on floating values: no dtype='uint8' with them")
 
         object.__setattr__(self, "window", _normalised(self.window))
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether display values are wanted as 0 to 255. I/O: none."""
+        return self.output == "display" and self.dtype == np.uint8
 
     def voi(self, profile: FrameProfile) -> Window | LookupTable | None:
         """What makes display values of modality values; None if nothing was given and the file has none. I/O: none.
@@ -95,9 +104,29 @@ class ReadOptions:
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""
-        chosen = self.dtype or (profile.pixels.dtype if self.output == "stored" else np.float32)
-        dtype: np.dtype[Any] = np.dtype(chosen)
-        return dtype
+        if self.dtype is not None:
+            return self.dtype  # type: ignore[no-any-return]
+        return profile.pixels.dtype if self.output == "stored" else np.dtype(np.float32)
+
+
+def _levels(reduce: Any) -> int:
+    try:
+        number = -1 if isinstance(reduce, bool) else operator.index(reduce)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= _MOST_REDUCED:
+        raise ConfigError(f"reduce is a number of resolution levels from 0 to {_MOST_REDUCED}, not {reduce!r}")
+    return number
+
+
+def _numeric(dtype: Any) -> np.dtype[Any]:
+    try:
+        known: np.dtype[Any] = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"numpy knows no dtype {dtype!r}: {error}") from error
+    if known.kind not in "biuf":
+        raise ConfigError(f"pixels are real numbers: dtype cannot be {known}")
+    return known
 
 
 def _normalised(window: Window | str | tuple[float, float] | int | None) -> Window | int | None:

@@ -11,7 +11,7 @@ import numpy as np
 from ahi_ml.codec import reached, shrink
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import FrameProfile
-from ahi_ml.pixels import Rescale, padding_mask, palette_to_rgb, to_display, ybr_full_to_rgb
+from ahi_ml.pixels import Rescale, padding_mask, palette_to_rgb, to_display, uint8, ybr_full_to_rgb
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.types import AnyArray
 
@@ -34,7 +34,15 @@ def conversion(profile: FrameProfile, options: ReadOptions) -> Conversion:
     if options.output == "stored":
         return _copy_exactly
     convert = partial(_colour, profile, options) if profile.colour else _grey(profile, options)
+    if options.in_bytes:
+        return partial(_in_bytes, convert)
     return partial(_with_steps, convert, options) if options.steps else convert
+
+
+def _in_bytes(convert: Conversion, stored: AnyArray, out: AnyArray) -> None:
+    shown = np.empty(out.shape, np.float32)
+    convert(stored, shown)
+    uint8(shown, out=out)
 
 
 def _with_steps(convert: Conversion, options: ReadOptions, stored: AnyArray, out: AnyArray) -> None:
@@ -78,7 +86,8 @@ def _rgb(stored: AnyArray, profile: FrameProfile) -> AnyArray:
 
 
 def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
-    dtype, modality = options.result_dtype(profile), profile.modality
+    dtype = np.dtype(np.float32) if options.in_bytes else options.result_dtype(profile)
+    modality = profile.modality
     convert: Conversion = modality.into
     if isinstance(modality, Rescale) and dtype.kind == "f":  # `into` says what is wrong with another dtype
         convert = modality.writer(profile.pixels.dtype, dtype)

@@ -81,13 +81,13 @@ def open_volume(
     stack, index = stack_series(index, gaps=gaps)
     profile = index.profile(0)
     result_dtype = options.result_dtype(profile)
-    frame_shape = profile.shape(output, reduce)
-    if reduce:
-        stack = replace(stack, geometry=stack.geometry.reduced(reduce))
+    frame_shape = profile.shape(output, options.reduce)
+    if options.reduce:
+        stack = replace(stack, geometry=stack.geometry.reduced(options.reduce))
     row = index.series.iloc[0]
     modality = row["Modality"] if isinstance(row["Modality"], str) else ""
     units = _units(index, modality) if output == "modality" else ("stored" if output == "stored" else "1")
-    fill = _fill_value(padding, units)
+    fill = _fill_value(options, result_dtype, units)
     lazy = FrameStack(
         store=store,
         index=index,
@@ -109,7 +109,7 @@ def open_volume(
         dims=dims,
         coords=coords,
         name=modality or None,
-        attrs={**_attributes(stack, index, units), "reduce": reduce},
+        attrs={**_attributes(stack, index, units), "reduce": options.reduce},
     )
     for axis in ("z", "y", "x"):
         array[axis].attrs["units"] = "mm"
@@ -227,12 +227,14 @@ def _units(index: DatasetIndex, modality: str) -> str:
     return kind if kind not in (None, "US") else "stored"  # US: unspecified
 
 
-def _fill_value(padding: Literal["keep", "mask"] | float, units: str) -> float:
-    """What stands in slices that are missing: as padding does, or air."""
-    if padding == "mask":
+def _fill_value(options: ReadOptions, dtype: np.dtype[Any], units: str) -> float:
+    """What stands in slices that are missing: as padding does, or air; what is shown is black."""
+    if options.padding == "mask" and dtype.kind == "f":
         return np.nan
-    if not isinstance(padding, str):
-        return float(padding)
+    if options.output == "display":
+        return 0.0
+    if not isinstance(options.padding, str):
+        return float(options.padding)
     return _AIR_HU if units == "HU" else 0.0
 
 

@@ -379,6 +379,28 @@ class TestOptions:
         with pytest.raises(ConfigError, match="target"):
             FrameDataset(store, ct, target=target)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float32])
+    def test_dtypes_of_torch(
+        self, store: DataStore, ct: DatasetIndex, singles: list[dict[str, Any]], dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        made = FrameDataset(store, ct, dtype=dtype, cache=tmp_path, cache_decoded=True)
+        for _ in range(2):
+            assert made[1]["image"].dtype == dtype
+            assert torch.equal(made[1]["image"], singles[1]["image"].to(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, "float33", "U3", ">f4"])
+    def test_dtypes_that_cannot_work_are_refused_at_once(self, store: DataStore, ct: DatasetIndex, dtype: Any) -> None:
+        with pytest.raises(ConfigError, match=r"dtype|numpy"):
+            FrameDataset(store, ct, dtype=dtype)
+
+    def test_display_in_bytes(self, store: DataStore, index: DatasetIndex) -> None:
+        for modality, shape in (("CT", (1, ROWS, COLUMNS)), ("OT", (3, 10, 12))):
+            part = index.where(Modality=modality)
+            image = FrameDataset(store, part, output="display", window="lung", dtype=torch.uint8)[0]["image"]
+            shown = FrameDataset(store, part, output="display", window="lung")[0]["image"]
+            assert (image.dtype, image.shape) == (torch.uint8, shape)
+            assert torch.equal(image, (shown * 255 + 0.5).floor().to(torch.uint8))
+
     def test_dtype_is_the_callers(self, store: DataStore, ct: DatasetIndex, singles: list[dict[str, Any]]) -> None:
         item = FrameDataset(store, ct, dtype="float64")[1]
         assert item["image"].dtype == torch.float64

@@ -39,7 +39,7 @@ from ahi_ml.errors import (
     NotFoundError,
 )
 from ahi_ml.index import DatasetIndex
-from ahi_ml.pixels import Window
+from ahi_ml.pixels import Window, uint8
 from ahi_ml.store import DataStore, connect
 from ahi_ml.volume import open_volume
 
@@ -279,6 +279,12 @@ class TestPhantom:
         expected = 2 * encoded().astype(np.float32) - 1024
         Window(50, 400).apply(expected)
         np.testing.assert_array_equal(volume_of("oblique", output="display", window=window).values, expected)
+
+    def test_display_in_bytes(self, volume_of: Open) -> None:
+        shown = volume_of("oblique", output="display", window="abdomen").values
+        volume = volume_of("oblique", output="display", window="abdomen", dtype="uint8")
+        assert volume.dtype == np.uint8
+        np.testing.assert_array_equal(volume.values, uint8(shown))
 
     def test_options_are_looked_at_before_anything_is_asked(self, store: DataStore) -> None:
         with pytest.raises(ConfigError, match="lungs"):  # and no NotFoundError
@@ -531,6 +537,9 @@ class TestIrregular:
         assert np.isnan(masked[3:5]).all()
         assert not np.isnan(masked[present]).any()
         assert (volume_of("gap", gaps="fill", output="stored").values[3:5] == 0).all()
+        for padding in (-2000.0, "mask"):
+            shown = volume_of("gap", gaps="fill", output="display", dtype="uint8", padding=padding)
+            assert (shown.values[3:5] == 0).all()
 
     def test_gaps_kept(self, volume_of: Open) -> None:
         volume = volume_of("gap", gaps="keep")

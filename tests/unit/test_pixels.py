@@ -518,6 +518,17 @@ def test_to_display_in_place_and_refusals() -> None:
             pixels.to_display(image, step, out=np.zeros(4, np.uint8))
 
 
+def test_uint8_writes_where_it_is_told() -> None:
+    shown = np.linspace(-0.1, 1.1, 90_000, dtype=np.float32).reshape(300, 300)
+    out = np.zeros((300, 300, 2), np.uint8)
+    assert np.shares_memory(pixels.uint8(shown, out=out[..., 1]), out)
+    np.testing.assert_array_equal(out[..., 1], pixels.uint8(shown))
+    assert not out[..., 0].any()
+    for wrong in (np.zeros((300, 299), np.uint8), np.zeros((300, 300), np.int8)):
+        with pytest.raises(ConfigError):
+            pixels.uint8(shown, out=wrong)
+
+
 def test_uint8_rounds_clips_and_survives_nan() -> None:
     display = np.array([0, 0.5, 1, -3, 7, np.nan, np.inf, -np.inf, 1.49 / 255, 1.51 / 255], np.float32)
     with np.errstate(all="raise"):

@@ -76,6 +76,8 @@ class FrameDataset(Dataset[Item]):
         What becomes of pixels with the file's padding value.
     window : Window, str, pair or int, optional
         For ``output="display"``; see `ReadOptions`.
+    normalize_polarity : bool
+        For ``output="modality"``: MONOCHROME1 radiographs like the others; see `ReadOptions`.
     reduce : int
         Resolution levels to leave out; each halves rows and columns. See `ReadOptions`.
     cache : FrameCache, path or None
@@ -109,6 +111,7 @@ class FrameDataset(Dataset[Item]):
         dtype: Any = None,
         padding: Literal["keep", "mask"] | float = "keep",
         window: Window | str | tuple[float, float] | int | None = None,
+        normalize_polarity: bool = False,
         reduce: int = 0,
         cache: FrameCache | PathType | Literal["store"] | None = "store",
         cache_decoded: bool = False,
@@ -125,7 +128,7 @@ class FrameDataset(Dataset[Item]):
         self._epoch = SharedEpoch()
         self._meters = Meters()
         self._buffers = PerProcess(_make_buffers)
-        self.options = TensorOptions(output, dtype, steps, padding, window, verify, reduce)
+        self.options = TensorOptions(output, dtype, steps, padding, window, verify, reduce, normalize_polarity)
         self._targets = None if target is None else Targets(target, index)
         self.cache = (
             store.cache if cache == "store" else FrameCache.at(cache) if isinstance(cache, str | os.PathLike) else cache

@@ -52,6 +52,7 @@ class TensorOptions(ReadOptions):
             padding=self.padding,
             window=self.window,
             reduce=self.reduce,
+            normalize_polarity=self.normalize_polarity,
             verify=self.verify,  # or who verifies would be given what somebody else did not look at
         )
 

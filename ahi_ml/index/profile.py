@@ -18,6 +18,9 @@ __all__ = ["FrameProfile"]
 # Label Map Segmentation Storage: the SOP class of segmentations whose Segmentation Type is LABELMAP.
 _LABEL_MAPS = "1.2.840.10008.5.1.4.1.1.66.7"
 
+# Projection radiography: CR, and digital X-ray, mammography and intra-oral, for presentation and for processing.
+_PROJECTIONS = frozenset(f"1.2.840.10008.5.1.4.1.1.1{kind}" for kind in ("", ".1", ".1.1", ".2", ".2.1", ".3", ".3.1"))
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -49,6 +52,8 @@ class FrameProfile:
         Whether the image was compressed lossily at some time.
     spacing : tuple of 2 floats, or None
         Pixel Spacing: between rows, between columns, mm.
+    projection : bool
+        Whether it is projection radiography, by its SOP class: computed, digital, mammography, or intra-oral.
     """
 
     syntax: str
@@ -62,6 +67,7 @@ class FrameProfile:
     padding: tuple[int, int | None] | None
     lossy: bool
     spacing: tuple[float, float] | None
+    projection: bool = False
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> FrameProfile:
@@ -112,6 +118,7 @@ class FrameProfile:
             padding=None if padding is None else (padding, row["PixelPaddingRangeLimit"]),
             lossy=row["LossyImageCompression"] == "01",
             spacing=(spacing[0], spacing[1]) if spacing and len(spacing) == 2 else None,
+            projection=row["SOPClassUID"] in _PROJECTIONS,
         )
 
     @property

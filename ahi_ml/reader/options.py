@@ -46,6 +46,11 @@ class ReadOptions:
         Resolution levels to leave out: each halves rows and columns, rounded up. What comes is the low-pass
         image of the wavelet that frames are stored with, whatever stored them; masks and palette
         indices are sampled.
+    normalize_polarity : bool
+        For "modality": of radiographs (CR, DX, mammography, intra-oral) whose low values are white, swap dark and
+        bright over the range of the stored bits before the rescale, so that all radiographs agree. Others stay as
+        they are. The file's windows do not apply to such values. Padding is found in the values as stored. "display"
+        is as it should look without.
     """
 
     output: Output = "modality"
@@ -55,6 +60,7 @@ class ReadOptions:
     window: Window | str | tuple[float, float] | int | None = None
     verify: bool = True
     reduce: int = 0
+    normalize_polarity: bool = False
 
     def __post_init__(self) -> None:
         if self.output not in ("stored", "modality", "display"):
@@ -65,6 +71,8 @@ class ReadOptions:
             raise ConfigError(f"padding is 'keep', 'mask' or a number, not {self.padding!r}")
         if self.output == "stored" and (self.steps or self.padding != "keep"):
             raise ConfigError("stored values are as the file has them: no transform and no padding option applies")
+        if self.output == "stored" and self.normalize_polarity:
+            raise ConfigError("stored values are as the file has them: normalize_polarity works on modality values")
         if self.output == "display" and self.dtype is not None and self.dtype.kind != "f":
             if not self.in_bytes:
                 raise ConfigError(f"display values are 0 to 1, or 0 to 255 in uint8: dtype cannot be {self.dtype}")

@@ -11,7 +11,7 @@ import numpy as np
 from ahi_ml.codec import reached, shrink
 from ahi_ml.errors import ConfigError
 from ahi_ml.index import FrameProfile
-from ahi_ml.pixels import Rescale, padding_mask, palette_to_rgb, to_display, uint8, ybr_full_to_rgb
+from ahi_ml.pixels import Rescale, normalize_polarity, padding_mask, palette_to_rgb, to_display, uint8, ybr_full_to_rgb
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.types import AnyArray
 
@@ -91,6 +91,8 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
     convert: Conversion = modality.into
     if isinstance(modality, Rescale) and dtype.kind == "f":  # `into` says what is wrong with another dtype
         convert = modality.writer(profile.pixels.dtype, dtype)
+    if options.normalize_polarity and options.output == "modality" and profile.inverted and profile.projection:
+        convert = partial(_with_polarity, convert, profile)
     if profile.padding is not None and options.padding != "keep":
         masked = _with_padding if options.levels(profile) == options.reduce else _with_padding_reduced
         convert = partial(masked, convert, profile, options)
@@ -109,6 +111,11 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
 def _refuse(error: ConfigError, stored: AnyArray, out: AnyArray) -> None:
     """Raise for each frame: those read together, of files of other kinds, are not to fail with it."""
     raise type(error)(*error.args)
+
+
+def _with_polarity(convert: Conversion, profile: FrameProfile, stored: AnyArray, out: AnyArray) -> None:
+    # Into a new array: padding is found in the values as stored.
+    convert(normalize_polarity(stored, profile.pixels.bits_stored, profile.pixels.signed), out)
 
 
 def _with_padding(

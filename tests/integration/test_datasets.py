@@ -401,6 +401,13 @@ class TestOptions:
             assert (image.dtype, image.shape) == (torch.uint8, shape)
             assert torch.equal(image, (shown * 255 + 0.5).floor().to(torch.uint8))
 
+    def test_results_of_either_polarity_are_kept_apart(self, store: DataStore, ct: DatasetIndex) -> None:
+        plain, other = (
+            FrameDataset(store, ct, normalize_polarity=normalize).options.recipe() for normalize in (False, True)
+        )
+        assert None not in (plain, other)
+        assert plain != other
+
     def test_dtype_is_the_callers(self, store: DataStore, ct: DatasetIndex, singles: list[dict[str, Any]]) -> None:
         item = FrameDataset(store, ct, dtype="float64")[1]
         assert item["image"].dtype == torch.float64

@@ -23,6 +23,17 @@ from pydicom.pixels import (
     apply_windowing,
     convert_color_space,
 )
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    CTImageStorage,
+    DigitalIntraOralXRayImageStorageForPresentation,
+    DigitalIntraOralXRayImageStorageForProcessing,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForProcessing,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
+    XRayAngiographicImageStorage,
+)
 
 from ahi_ml.cache import FrameCache, recipe
 from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, PixelFormat, crc32, decode, jpeg2000, pack_bits, reached
@@ -45,6 +56,15 @@ STORED = ReadOptions(output="stored")
 JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 MPEG4 = "1.2.840.10008.1.2.4.102"
 PATIENCE_S = 20.0
+RADIOGRAPHS = [
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForProcessing,
+    DigitalIntraOralXRayImageStorageForPresentation,
+    DigitalIntraOralXRayImageStorageForProcessing,
+]
 
 
 class Served:
@@ -631,6 +651,42 @@ class TestValues:
         replaced = self.read(reader_of, image, ReadOptions(padding=-5.0), **attributes)
         np.testing.assert_array_equal(replaced, np.where(mask, -5, kept))
 
+    @pytest.mark.parametrize("kind", RADIOGRAPHS)
+    @pytest.mark.parametrize("inverse", ["PhotometricInterpretation", "PresentationLUTShape"])
+    def test_radiographs_of_either_polarity_agree(self, reader_of: Any, kind: str, inverse: str) -> None:
+        bright = random_image(14, "uint16") >> 4
+        bright[:3] = 0  # air, and padding in the other one: found before anything is swapped
+        dark = 4095 - bright
+        tags: dict[str, Any] = {"SOPClassUID": kind, "BitsStored": 12, "RescaleSlope": 2.0, "RescaleIntercept": -9.0}
+        inverted = {**tags, inverse: "MONOCHROME1" if inverse[1] == "h" else "INVERSE", "PixelPaddingValue": 4095}
+        options = ReadOptions(normalize_polarity=True)
+        expected = bright * np.float32(2) - 9
+        np.testing.assert_array_equal(self.read(reader_of, bright, options, **tags), expected)
+        np.testing.assert_array_equal(self.read(reader_of, dark, options, **inverted), expected)
+        np.testing.assert_array_equal(self.read(reader_of, dark, ReadOptions(), **inverted), dark * np.float32(2) - 9)
+        masked = self.read(reader_of, dark, replace(options, padding="mask"), **inverted)
+        np.testing.assert_array_equal(masked, np.where(bright == 0, np.nan, expected))
+        half = replace(options, reduce=1, padding="mask")
+        mask = reached(bright == 0, 1)
+        swapped = 4095 - decode(dark.tobytes(), EXPLICIT_LE, profile_of(dark, BitsStored=12).pixels, reduce=1)
+        np.testing.assert_array_equal(
+            self.read(reader_of, dark, half, **inverted), np.where(mask, np.nan, swapped * np.float32(2) - 9)
+        )
+
+    @pytest.mark.parametrize("kind", [CTImageStorage, XRayAngiographicImageStorage, None])
+    def test_polarity_of_other_images_is_theirs(self, reader_of: Any, kind: str | None) -> None:
+        image = random_image(15)
+        tags = {"SOPClassUID": kind, "PhotometricInterpretation": "MONOCHROME1"}
+        read = self.read(reader_of, image, ReadOptions(normalize_polarity=True), **tags)
+        np.testing.assert_array_equal(read, image)
+
+    def test_polarity_changes_no_display(self, reader_of: Any) -> None:
+        image = random_image(16)
+        tags = {"SOPClassUID": RADIOGRAPHS[0], "PhotometricInterpretation": "MONOCHROME1"}
+        shown = ReadOptions(output="display")
+        read = self.read(reader_of, image, replace(shown, normalize_polarity=True), **tags)
+        np.testing.assert_array_equal(read, self.read(reader_of, image, shown, **tags))
+
     def test_steps_run_in_order_after_the_output(self, reader_of: Any) -> None:
         image = random_image(10)
         read = self.read(
@@ -883,6 +939,7 @@ class TestLowerResolutions:
         {"window": True},
         {"window": {}},
         {"reduce": True},
+        {"output": "stored", "normalize_polarity": True},
         {"dtype": "float33"},
         {"dtype": "U5"},
         {"dtype": object},

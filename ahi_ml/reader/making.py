@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -88,14 +89,18 @@ def make_frame(
     Raises
     ------
     ChecksumError, DecodeError, ConfigError
-        The pixels differ from the checksum; the bytes are no frame; `out` has another form.
+        The pixels differ from the checksum or, where none can be compared, from the extremes that the data store
+        tells; the bytes are no frame; `out` has another form.
     """
     verified, of_pixels = entry.verified, False
-    if not verified and options.verify and source.checksum is not None:
+    if not verified and options.verify:
         # The data store's checksums are of all bytes, or of all pixels: a part of either cannot be compared.
-        compared = source.profile.checksum_of
-        of_pixels = compared == "samples" and form.levels == 0
-        if compared == "bytes" and entry.whole:
+        compared = source.profile.checksum_of if source.checksum is not None else "unknown"
+        if compared == "samples":
+            of_pixels = form.levels == 0
+        elif compared == "unknown":
+            form = _looking_at_extremes(form, source, again)
+        elif entry.whole:
             if crc32(entry.data) != source.checksum:
                 raise _mismatch(source, "encoded bytes", again)
             verified = True
@@ -124,6 +129,23 @@ def make_frame(
     return verified, decoded - started, perf_counter() - decoded
 
 
+def _looking_at_extremes(form: Form, source: FrameSource, again: bool) -> Form:
+    """A form that compares stored values with the extremes that the data store tells of the whole frame.
+
+    In its conversion, so that frames with a checksum, which are nearly all, take no step for it.
+    """
+    if form.levels or source.extremes is None:
+        return form
+    return form._replace(as_stored=False, convert=partial(_within_extremes, form.convert, source, again))
+
+
+def _within_extremes(convert: Conversion, source: FrameSource, again: bool, stored: AnyArray, out: AnyArray) -> None:
+    found = int(stored.min()), int(stored.max())
+    if found != source.extremes:
+        raise _mismatch(source, "decoded pixels", again, "lowest and highest value")
+    convert(stored, out)
+
+
 def _prepared(source: FrameSource, reduce: int, entry: CacheEntry) -> Prepared:
     """How to decode an entry, which is found once for one that is kept in memory."""
     notes, depends = entry.notes, source[_KIND:]
@@ -150,10 +172,10 @@ def _named(source: FrameSource) -> str:
     return f"frame {source.frame_id} of image set {source.image_set_id}"
 
 
-def _mismatch(source: FrameSource, what: str, again: bool) -> ChecksumError:
+def _mismatch(source: FrameSource, what: str, again: bool, of: str = "checksum") -> ChecksumError:
     return ChecksumError(
         f"{_named(source)}: its {what} differ from the data store's "
-        f"checksum{', twice' if again else ''}. Report the frame; verify=False reads it all the same",
+        f"{of}{', twice' if again else ''}. Report the frame; verify=False reads it all the same",
         image_set_id=source.image_set_id,
         frame_id=source.frame_id,
     )

@@ -41,7 +41,8 @@ class ReadOptions:
         width do not count, and a file that has fewer is a ConfigError of the frame.
     verify : bool
         Whether to compare with the data store's checksums. They are of full frames: a reduced one counts
-        as verified only when its frame was so when it was cached.
+        as verified only when its frame was so when it was cached. Where no checksum can be compared, the lowest and
+        the highest value are, which verifies nothing.
     reduce : int
         Resolution levels to leave out: each halves rows and columns, rounded up. What comes is the low-pass
         image of the wavelet that frames are stored with, whatever stored them; masks and palette

@@ -264,6 +264,54 @@ class TestVerification:
         reader.read([source], STORED)
         assert (reader.stats()["verified"], reader.stats()["unverified"]) == (0, 1)
 
+    @pytest.mark.parametrize("attributes", [{}, {"ChecksumType": "SOMETHING_NEW"}])
+    @pytest.mark.parametrize("options", [STORED, ReadOptions(), ReadOptions(padding="mask", reduce=1)])
+    def test_without_a_checksum_the_extremes_are_compared(
+        self, reader_of: Callable[..., Reader], cache: FrameCache, attributes: dict[str, Any], options: ReadOptions
+    ) -> None:
+        image = np.random.default_rng(0).integers(-1000, 1000, (12, 17), np.int16)
+        low, high = int(image.min()), int(image.max())
+        wrong = image.copy()
+        wrong[3, 3] = 1000
+        source = source_of("1" * 32, image, checksum=bool(attributes), **attributes, PixelPaddingValue=low)
+        source = source._replace(minimum=low, maximum=high)
+        served = Served({source.frame_id: [wrong.tobytes(), image.tobytes()]})
+        reader = reader_of(served)
+        right = one(reader_of({source.frame_id: image.tobytes()}).read([source], replace(options, verify=False)))
+        np.testing.assert_array_equal(one(reader.read([source], options, cache=cache)), right)
+        assert served.requests == [source.frame_id] * 2
+        stats = reader.stats()
+        assert (stats["refetched"], stats["verified"], stats["unverified"]) == (1, 0, 1)
+        entry = cache.get(STORE, source.frame_id)
+        assert entry is not None
+        assert not entry.verified
+        with pytest.raises(ChecksumError, match=r"lowest and highest value, twice"):
+            reader_of({source.frame_id: wrong.tobytes()}).read([source], options)
+        for silent in (source._replace(minimum=None), source._replace(maximum=None)):
+            reader_of({source.frame_id: wrong.tobytes()}).read([silent], options)
+        reader_of({source.frame_id: wrong.tobytes()}).read([source], replace(options, verify=False))
+
+    def test_extremes_count_for_nothing_beside_a_checksum_and_of_lower_resolutions(
+        self, reader_of: Callable[..., Reader]
+    ) -> None:
+        images, (source,), blobs = raw_frames(1)
+        source = source._replace(minimum=0, maximum=1)
+        reader = reader_of(blobs)
+        np.testing.assert_array_equal(one(reader.read([source], STORED)), images[source.frame_id])
+        assert reader.stats()["verified"] == 1
+        reader.read([source._replace(checksum=None)], replace(STORED, reduce=1))
+
+    def test_what_was_cached_without_a_checksum_is_looked_at(
+        self, reader_of: Callable[..., Reader], cache: FrameCache
+    ) -> None:
+        images, (source,), blobs = raw_frames(1, checksum=False)
+        image = images[source.frame_id]
+        source = source._replace(minimum=int(image.min()), maximum=int(image.max()))
+        wrong = np.zeros_like(image)
+        reader = reader_of({source.frame_id: [wrong.tobytes(), blobs[source.frame_id]]})
+        np.testing.assert_array_equal(one(reader.read([source], replace(STORED, verify=False), cache=cache)), wrong)
+        np.testing.assert_array_equal(one(reader.read([source], STORED, cache=cache)), image)
+
     def test_verify_false_reads_damage_and_says_unverified(self, reader_of: Callable[..., Reader]) -> None:
         images, (source,), blobs = raw_frames(1)
         reader = reader_of({source.frame_id: self.damaged(blobs[source.frame_id])})
@@ -1019,7 +1067,7 @@ def test_other_metadata_of_a_frame_that_was_read_before(reader_of: Any, cache: F
         source_of("a" * 32, image, checksum=False, StoredTransferSyntaxUID=HTJ2K_LOSSLESS_RPCL, **kind)
         for kind in kinds
     ]
-    sources.append(sources[0]._replace(minimum=-90, maximum=2000))
+    sources.append(sources[0]._replace(minimum=int(image.min()), maximum=int(image.max())))
     options = ReadOptions(output="stored", reduce=reduce)
     for source in sources * 4:
         expected = decode(data, HTJ2K_LOSSLESS_RPCL, source.profile.pixels, reduce=reduce, extremes=source.extremes)

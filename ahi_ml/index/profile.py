@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ahi_ml.codec import HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat
 from ahi_ml.errors import ConfigError, MetadataError
 from ahi_ml.metadata import table_data
-from ahi_ml.pixels import LookupTable, Rescale, Window
+from ahi_ml.pixels import VOI_FUNCTIONS, LookupTable, Rescale, Window
 from ahi_ml.types import Output
 
 __all__ = ["FrameProfile"]
@@ -94,7 +94,7 @@ class FrameProfile:
             photometric=row["PhotometricInterpretation"] or "",
             labels=row["SOPClassUID"] == _LABEL_MAPS,
         )
-        rescale = Rescale.from_tags(row["RescaleSlope"], row["RescaleIntercept"])
+        rescale = _rescale(row)
         try:
             tables = json.loads(row["lookup_tables"]) if row["lookup_tables"] else {}
             modality = _table(tables.get("ModalityLUTSequence"), signed)
@@ -142,13 +142,27 @@ def _checksum_of(syntax: str, kind: str | None, pixels: PixelFormat) -> Literal[
     return "samples" if kind in (None, "DECOMPRESSED") else "unknown"
 
 
+def _rescale(row: dict[str, Any]) -> Rescale:
+    slope, intercept = row["RescaleSlope"], row["RescaleIntercept"]
+    if slope == 0:
+        _LOG.info("a rescale slope of 0, which would map every pixel to one value, is taken as 1")
+    if (slope is None) != (intercept is None):
+        present, missing, value = ("slope", "intercept", 0) if intercept is None else ("intercept", "slope", 1)
+        _LOG.info("a rescale %s without %s: the %s is taken as %d", present, missing, missing, value)
+    return Rescale.from_tags(slope, intercept)
+
+
 def _windows(row: dict[str, Any]) -> tuple[Window, ...]:
+    function = row["VOILUTFunction"] or VOI_FUNCTIONS[0]
+    if row["WindowCenter"] and function.strip().upper() not in VOI_FUNCTIONS:
+        _LOG.info("a VOI LUT function that DICOM does not know is taken as its default, %s", VOI_FUNCTIONS[0])
+        function = VOI_FUNCTIONS[0]
     found = []
     for center, width in zip(row["WindowCenter"] or (), row["WindowWidth"] or (), strict=False):
         try:
-            found.append(Window(center, width, row["VOILUTFunction"] or "LINEAR"))
+            found.append(Window(center, width, function))
         except ConfigError:  # widths of 0 occur in archives, and no picture can be made with them
-            _LOG.debug("a window of width %s is ignored", width)
+            _LOG.info("a window of width %g is ignored", width)
     return tuple(found)
 
 

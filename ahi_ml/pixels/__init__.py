@@ -14,9 +14,10 @@ from ahi_ml.pixels.display import to_display, uint8
 from ahi_ml.pixels.lookup import LookupTable
 from ahi_ml.pixels.rescale import Rescale
 from ahi_ml.pixels.stored import normalize_polarity, padding_mask, stored_range
-from ahi_ml.pixels.window import Normalize, Scale, Window
+from ahi_ml.pixels.window import VOI_FUNCTIONS, Normalize, Scale, Window
 
 __all__ = [
+    "VOI_FUNCTIONS",
     "LookupTable",
     "Normalize",
     "Rescale",

@@ -13,7 +13,10 @@ from ahi_ml.errors import ConfigError
 from ahi_ml.pixels.arrays import check_pair, finite, set_floats, working_dtype
 from ahi_ml.types import AnyArray
 
-__all__ = ["Normalize", "Scale", "Window"]
+__all__ = ["VOI_FUNCTIONS", "Normalize", "Scale", "Window"]
+
+VOI_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+"""Values of VOI LUT Function, DICOM's default first."""
 
 _PRESETS = {  # centre and width, HU
     "abdomen": (50.0, 400.0),
@@ -48,7 +51,7 @@ class Window:
     def __post_init__(self) -> None:
         set_floats(self, "center", "width")
         object.__setattr__(self, "function", self.function.strip().upper())
-        if self.function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        if self.function not in VOI_FUNCTIONS:
             raise ConfigError(f"Unknown VOI LUT Function {self.function!r}: LINEAR, LINEAR_EXACT or SIGMOID")
         if self.width < 1 if self.function == "LINEAR" else self.width <= 0:
             least = "at least 1" if self.function == "LINEAR" else "above 0"

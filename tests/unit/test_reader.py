@@ -625,6 +625,35 @@ class TestValues:
         expected = np.clip((image - 74.5) / 50, 0, 1)
         np.testing.assert_allclose(read, expected, atol=1e-6)
 
+    def test_an_unknown_function_is_linear(self, reader_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+        image = random_image(7, "uint8")
+        tags: dict[str, Any] = {"WindowCenter": [100.0], "WindowWidth": [51.0], "VOILUTFunction": "Doe^Jane"}
+        with caplog.at_level("INFO", "ahi_ml"):
+            read = self.read(reader_of, image, ReadOptions(output="display"), **tags)
+        expected = apply_windowing(image, dataset_of(image, **tags | {"VOILUTFunction": "LINEAR"})) / 255
+        np.testing.assert_allclose(read, expected, atol=1e-6)
+        (said,) = caplog.messages
+        assert "VOI LUT function" in said
+        assert "LINEAR" in said
+        assert "Doe" not in said, "whatever stands in the tag may say whose image it is"
+
+    @pytest.mark.parametrize(
+        ("tags", "said"),
+        [
+            ({"RescaleSlope": 0.0, "RescaleIntercept": 1.0}, "slope of 0"),
+            ({"RescaleSlope": 2.0}, "intercept is taken as 0"),
+            ({"RescaleIntercept": 2.0}, "slope is taken as 1"),
+            ({"WindowCenter": [1.0], "WindowWidth": [0.0]}, "width 0"),
+            ({}, None),
+            ({"RescaleSlope": 2.0, "RescaleIntercept": 0.0, "WindowCenter": [1.0], "WindowWidth": [9.0]}, None),
+        ],
+    )
+    def test_what_is_ignored_is_said(self, tags: Any, said: str | None, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level("INFO", "ahi_ml"):
+            profile_of(random_image(7), **tags)
+        assert len(caplog.messages) == (said is not None)
+        assert said is None or said in caplog.messages[0]
+
     def test_a_window_given_wins(self, reader_of: Any) -> None:
         image = random_image(8)
         options = ReadOptions(output="display", window=Window(100, 400, "LINEAR_EXACT"))

@@ -119,7 +119,7 @@ _FUNCTIONAL_GROUPS = {
     "PlaneOrientationSequence": ("ImageOrientationPatient",),
     "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
-    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", _VOI_LUT),
     "MRDiffusionSequence": ("DiffusionBValue",),
 }
 
@@ -360,7 +360,7 @@ def _instance(image_set_id: str, sop_uid: str, instance: Json, merged: Json, fra
     records = []
     for number, frame in enumerate(frames, 1):
         own = groups[number - 1] if groups else {}
-        place = own.pop("ImagePositionPatient", position)
+        place, voi = own.pop("ImagePositionPatient", position), own.pop(_VOI_LUT, None)
         try:
             checksums = frame.get("PixelDataChecksumFromBaseToFullResolution") or []
             full = max(checksums, key=lambda each: each["Width"], default=None)
@@ -378,7 +378,10 @@ def _instance(image_set_id: str, sop_uid: str, instance: Json, merged: Json, fra
                     minimum=value_of(frame.get("MinPixelValue"), "int"),
                     maximum=value_of(frame.get("MaxPixelValue"), "int"),
                     position=place if place and len(place) == 3 else None,
-                    profile=(*(({**base, **own}) if own else base).values(), tables),
+                    profile=(
+                        *(({**base, **own}) if own else base).values(),
+                        _lookup_tables({**merged, _VOI_LUT: voi}) if voi else tables,
+                    ),
                 )
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -417,8 +420,9 @@ def _functional(group: Json) -> Json:
         if not isinstance(items, list) or not items:
             continue
         for keyword in keywords:
-            kind = "floats" if keyword == "ImagePositionPatient" else PROFILE_COLUMNS[keyword]
-            if (value := value_of(items[0].get(keyword), kind)) is not None:
+            raw = items[0].get(keyword)
+            kind = "floats" if keyword == "ImagePositionPatient" else PROFILE_COLUMNS.get(keyword)
+            if (value := value_of(raw, kind) if kind else raw) is not None:
                 found[keyword] = value
     return found
 

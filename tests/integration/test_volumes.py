@@ -17,6 +17,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import apply_voi
 from pydicom.uid import (
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
@@ -158,6 +159,15 @@ def colour(series: str) -> Iterator[Dataset]:
         )
 
 
+def voi(k: int) -> Dataset:
+    """A VOI LUT for the k-th slice, and a window that it is preferred to."""
+    table, both = Dataset(), Dataset()
+    table.add_new("LUTDescriptor", "SS", [900, -7 + 99 * k, 16])
+    table.add_new("LUTData", "US", (np.arange(900) * (k + 1) % 4096).tolist())
+    both.VOILUTSequence, both.WindowCenter, both.WindowWidth = [table], 40, 400
+    return both
+
+
 def enhanced(series: str) -> Dataset:
     """One instance with every slice of the phantom, its frames in reverse order, a rescale for each."""
     pixels = encoded()[::-1]
@@ -173,6 +183,7 @@ def enhanced(series: str) -> Dataset:
         group.PlaneOrientationSequence = [orientation]
         group.PixelMeasuresSequence = [measures]
         group.PixelValueTransformationSequence = [value]
+        group.FrameVOILUTSequence = [voi(k)]
         groups.append(group)
     return dicom(
         pixels,
@@ -612,6 +623,14 @@ class TestKinds:
         with counted(store) as found:
             np.testing.assert_array_equal(volume.isel(channel=2)[1].values, expected[1, ..., 2])
         assert found == [1]
+
+    def test_an_enhanced_instance_shows_each_frame_by_its_own_lut(self, volume_of: Open) -> None:
+        values = volume_of("enhanced").values.astype(np.int32)
+        shown = volume_of("enhanced", output="display").values
+        for k, image in enumerate(values):
+            dataset = voi(k)
+            dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation = 16, 1, "MONOCHROME2"
+            np.testing.assert_allclose(shown[k], apply_voi(image, dataset) / 65535, atol=1e-6)
 
     def test_an_enhanced_instance(self, volume_of: Open) -> None:
         volume = volume_of("enhanced")

@@ -323,6 +323,23 @@ class TestEnhanced:
         assert (profile(found)["WindowCenter"], profile(found)["WindowWidth"]) == ((40,), (400,))
         assert (profile(found)["DiffusionBValue"], profile(found)["SpacingBetweenSlices"]) == (800, 3)
 
+    def test_a_voi_lut_of_a_frame_is_its_own(self) -> None:
+        def voi(*data: int, **window: Any) -> dict[str, Any]:
+            table = [{"LUTDescriptor": [len(data), 0, 16], "LUTData": list(data), "LUTExplanation": "Jane"}]
+            return {"FrameVOILUTSequence": [{"VOILUTSequence": table if data else [], **window}]}
+
+        found = self.frames_of(
+            4,
+            VOILUTSequence=[{"LUTDescriptor": [1, 0, 16], "LUTData": [7]}],
+            SharedFunctionalGroupsSequence=[voi(1, 2, 3)],
+            PerFrameFunctionalGroupsSequence=[{}, voi(4, 5, WindowCenter="40"), voi(1, 2, 3), voi()],
+        )
+        tables = [json.loads(profile_tables(each))["VOILUTSequence"]["LUTData"] for each in found]
+        assert tables == [[1, 2, 3], [4, 5], [1, 2, 3], [7]]
+        assert found[0].profile == found[2].profile
+        assert [profile(each)["WindowCenter"] for each in found] == [None, (40,), None, None]
+        assert "Jane" not in str(found)
+
     @pytest.mark.parametrize("groups", [None, [], [place("1")], "odd", [{}, {}]])
     def test_groups_that_do_not_fit_the_frames_are_left_aside(self, groups: Any) -> None:
         found = self.frames_of(2, ImagePositionPatient=["7", "7", "7"], PerFrameFunctionalGroupsSequence=groups)

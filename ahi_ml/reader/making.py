@@ -11,7 +11,7 @@ import numpy as np
 
 from ahi_ml.cache import CacheEntry
 from ahi_ml.codec import Prepared, crc32, prepare
-from ahi_ml.errors import ChecksumError, ConfigError, DecodeError
+from ahi_ml.errors import ChecksumError, ConfigError, DataError, DecodeError
 from ahi_ml.index import FrameProfile, FrameSource
 from ahi_ml.reader.options import ReadOptions
 from ahi_ml.reader.values import Conversion, conversion
@@ -88,9 +88,9 @@ def make_frame(
 
     Raises
     ------
-    ChecksumError, DecodeError, ConfigError
+    ChecksumError, DecodeError, DataError, ConfigError
         The pixels differ from the checksum or, where none can be compared, from the extremes that the data store
-        tells; the bytes are no frame; `out` has another form.
+        tells; the bytes are no frame; nobody knows its colours; `out` has another form.
     """
     verified, of_pixels = entry.verified, False
     if not verified and options.verify:
@@ -112,9 +112,7 @@ def make_frame(
         place = out if direct else _scratch_array(*form.decoded)
         stored = _prepared(source, form.levels, entry)(place)
     except DecodeError as error:
-        raise type(error)(
-            f"{_named(source)}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id
-        ) from error
+        raise _told(error, source) from error
     if of_pixels:
         if crc32(stored) != source.checksum:
             raise _mismatch(source, "decoded pixels", again)
@@ -124,8 +122,12 @@ def make_frame(
         return verified, decoded - started, 0.0
     try:
         form.convert(stored, out)
+    except ChecksumError:
+        raise
     except ConfigError as error:
         raise type(error)(f"{_named(source)}: {error}") from error
+    except DataError as error:
+        raise _told(error, source) from error
     return verified, decoded - started, perf_counter() - decoded
 
 
@@ -166,6 +168,11 @@ def _scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
     if array is None or array.shape != shape or array.dtype != dtype:
         array = _SCRATCH.array = np.empty(shape, dtype)
     return array
+
+
+def _told(error: DataError, source: FrameSource) -> DataError:
+    """The same error, which names its frame."""
+    return type(error)(f"{_named(source)}: {error}", image_set_id=source.image_set_id, frame_id=source.frame_id)
 
 
 def _named(source: FrameSource) -> str:

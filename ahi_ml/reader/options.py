@@ -25,7 +25,8 @@ class ReadOptions:
     Parameters
     ----------
     output : {"stored", "modality", "display"}
-        Stored values; values in modality units (HU for CT), colour as RGB; or 0 to 1 to look at,
+        Stored values; values in modality units (HU for CT), colour as RGB (a colour space that is not converted is a
+        DataError); or 0 to 1 to look at,
         by the file's VOI LUT or first window.
     dtype : dtype, optional
         Of the result, as numpy knows it: by default the stored dtype for "stored", else float32. With uint8, "display"

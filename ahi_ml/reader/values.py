@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ahi_ml.codec import reached, shrink
-from ahi_ml.errors import ConfigError
+from ahi_ml.errors import AhiError, ConfigError, DataError
 from ahi_ml.index import FrameProfile
 from ahi_ml.pixels import Rescale, normalize_polarity, padding_mask, palette_to_rgb, to_display, uint8, ybr_full_to_rgb
 from ahi_ml.reader.options import ReadOptions
@@ -18,6 +18,9 @@ from ahi_ml.types import AnyArray
 __all__ = ["Conversion", "conversion"]
 
 Conversion = Callable[[AnyArray, AnyArray], Any]
+
+# RGB when decoded (the codec inverts RCT and ICT), or made so here.
+_COLOURS = frozenset({"RGB", "YBR_RCT", "YBR_ICT", "YBR_FULL", "YBR_FULL_422"})
 
 
 def conversion(profile: FrameProfile, options: ReadOptions) -> Conversion:
@@ -33,6 +36,12 @@ def conversion(profile: FrameProfile, options: ReadOptions) -> Conversion:
     """
     if options.output == "stored":
         return _copy_exactly
+    if profile.pixels.samples > 1 and profile.pixels.photometric not in _COLOURS:
+        called = profile.pixels.photometric or "not named"
+        return partial(
+            _refuse,
+            DataError(f'its colour space, {called}, is not converted to RGB: output="stored" reads it as it is'),
+        )
     convert = partial(_colour, profile, options) if profile.colour else _grey(profile, options)
     if options.in_bytes:
         return partial(_in_bytes, convert)
@@ -108,7 +117,7 @@ def _grey(profile: FrameProfile, options: ReadOptions) -> Conversion:
     return partial(_with_display, convert, show)
 
 
-def _refuse(error: ConfigError, stored: AnyArray, out: AnyArray) -> None:
+def _refuse(error: AhiError, stored: AnyArray, out: AnyArray) -> None:
     """Raise for each frame: those read together, of files of other kinds, are not to fail with it."""
     raise type(error)(*error.args)
 

@@ -812,6 +812,27 @@ class TestValues:
         read = self.read(reader_of, image, ReadOptions(), **tags)
         assert np.abs(read - convert_color_space(image, "YBR_FULL", "RGB")).max() <= 1
 
+    @pytest.mark.parametrize(
+        ("photometric", "samples"),
+        [("HSV", 3), ("YBR_PARTIAL_420", 3), ("YBR_PARTIAL_422", 3), (None, 3), ("ARGB", 4), ("CMYK", 4)],
+    )
+    def test_colour_spaces_that_nobody_converts_are_not_passed_off_as_rgb(
+        self, reader_of: Any, photometric: str | None, samples: int
+    ) -> None:
+        image = random_image(12, "uint8", (6, 8, samples))
+        tags = {"PhotometricInterpretation": photometric}
+        np.testing.assert_array_equal(self.read(reader_of, image, STORED, **tags), image)
+        for output in ("modality", "display"):
+            with pytest.raises(DataError, match=rf"1{{32}}.*{photometric or 'not named'}.*\"stored\"") as caught:
+                self.read(reader_of, image, ReadOptions(output=output), **tags)
+            assert caught.value.frame_id == "1" * 32
+
+    @pytest.mark.parametrize("photometric", ["RGB", "YBR_RCT", "YBR_ICT"])
+    def test_colour_that_a_codec_has_made_rgb_stays(self, reader_of: Any, photometric: str) -> None:
+        image = random_image(12, "uint8", (6, 8, 3))
+        read = self.read(reader_of, image, ReadOptions(), PhotometricInterpretation=photometric)
+        np.testing.assert_array_equal(read, image)
+
     def test_palettes_are_applied_but_for_stored(self, reader_of: Any) -> None:
         image = random_image(13, "uint8")
         channels = ("Red", "Green", "Blue")

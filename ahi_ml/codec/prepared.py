@@ -79,7 +79,7 @@ def prepare(
     known = SYNTAXES.get(syntax)
     decoder = DECODERS.get(known.codec) if known else None
     if known is None or decoder is None:
-        hint = _EXTRA_HINTS.get(known.codec, "") if known else "no decoder knows this UID"
+        hint = _EXTRA_HINTS.get(known.codec, "") if known else "nothing here reads it"
         raise UnsupportedTransferSyntaxError(f"cannot decode transfer syntax {describe(syntax)}: {hint}")
     wanted = pixels.reduced(reduce) if reduce else pixels
     work: Callable[[AnyArray | None], AnyArray]

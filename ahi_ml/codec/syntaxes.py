@@ -102,8 +102,29 @@ SYNTAXES: dict[str, TransferSyntax] = {
     ]
 }
 
+# Named in errors, and no more than that: the service takes none of them, and nothing here decodes them.
+_OTHERS = {
+    f"{_JPEG}.{suffix}": name
+    for suffix, name in {
+        "52": "JPEG Extended (processes 3 and 5)",
+        "53": "JPEG Spectral Selection (processes 6 and 8)",
+        "54": "JPEG Spectral Selection (processes 7 and 9)",
+        "55": "JPEG Full Progression (processes 10 and 12)",
+        "56": "JPEG Full Progression (processes 11 and 13)",
+        "58": "JPEG Lossless (process 15)",
+        "94": "JPIP Referenced",
+        "95": "JPIP Referenced Deflate",
+        "110": "JPEG XL Lossless",
+        "111": "JPEG XL JPEG Recompression",
+        "204": "JPIP HTJ2K Referenced",
+        "205": "JPIP HTJ2K Referenced Deflate",
+    }.items()
+}
+_OTHERS["1.2.840.10008.1.2.1.98"] = "Encapsulated Uncompressed Explicit VR Little Endian"
+
 
 def describe(uid: str) -> str:
     """Name a transfer syntax for a message: ``"1.2.840...4.90 (JPEG 2000 Lossless)"``. I/O: none."""
     syntax = SYNTAXES.get(uid)
-    return f"{uid} ({syntax.name})" if syntax else f"{uid!r} (unknown)"
+    name = syntax.name if syntax else _OTHERS.get(uid)
+    return f"{uid} ({name})" if name else f"{uid!r} (unknown)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 import struct
 import tracemalloc
 from dataclasses import replace
@@ -13,6 +14,7 @@ import imagecodecs
 import numpy as np
 import openjpeg
 import pytest
+from pydicom.uid import UID
 
 from ahi_ml import codec
 from ahi_ml.codec import EXPLICIT_LE, HTJ2K_LOSSLESS_RPCL, SYNTAXES, PixelFormat, decoders, jpeg2000
@@ -511,6 +513,29 @@ class TestHostileBytes:
                 except DecodeError:
                     continue
                 assert (found.shape, found.dtype) == (image.shape, image.dtype)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [
+        ("4.53", "Spectral Selection"),
+        ("4.55", "Full Progression"),
+        ("4.94", "JPIP Referenced"),
+        ("4.95", "JPIP Referenced Deflate"),
+        ("4.110", "JPEG XL Lossless"),
+        ("4.111", "JPEG XL JPEG Recompression"),
+        ("4.204", "JPIP HTJ2K Referenced"),
+        ("4.205", "JPIP HTJ2K Referenced Deflate"),
+        ("1.98", "Encapsulated Uncompressed"),
+        ("4.999", "(unknown)"),
+    ],
+)
+def test_syntaxes_that_nobody_reads_are_named(suffix: str, name: str) -> None:
+    uid = f"1.2.840.10008.1.2.{suffix}"
+    with pytest.raises(UnsupportedTransferSyntaxError, match=re.escape(name)):
+        codec.decode(b"", uid, PixelFormat(4, 4))
+    if "JPIP" in name:
+        assert codec.describe(uid) == f"{uid} ({UID(uid).name})"
 
 
 def test_every_kept_syntax_has_a_content_type() -> None:

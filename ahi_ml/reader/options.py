@@ -26,8 +26,7 @@ class ReadOptions:
     ----------
     output : {"stored", "modality", "display"}
         Stored values; values in modality units (HU for CT), colour as RGB (a colour space that is not converted is a
-        DataError); or 0 to 1 to look at,
-        by the file's VOI LUT or first window.
+        DataError); or 0 to 1 to look at, by the file's VOI LUT or first window.
     dtype : dtype, optional
         Of the result, as numpy knows it: by default the stored dtype for "stored", else float32. With uint8, "display"
         is 0 to 255, and 0 where padding is masked.
@@ -80,7 +79,6 @@ class ReadOptions:
                 raise ConfigError(f"display values are 0 to 1, or 0 to 255 in uint8: dtype cannot be {self.dtype}")
             if self.steps:
                 raise ConfigError("pixel steps work on floating values: no dtype='uint8' with them")
-
         object.__setattr__(self, "window", _normalised(self.window))
 
     @property
@@ -140,8 +138,8 @@ def _numeric(dtype: Any) -> np.dtype[Any]:
 
 
 def _normalised(window: Window | str | tuple[float, float] | int | None) -> Window | int | None:
-    if window is None or isinstance(window, str):
-        return window if window is None else Window.of(window)
+    if window is None:
+        return None
     try:
         which = operator.index(window)  # type: ignore[arg-type]
     except TypeError:

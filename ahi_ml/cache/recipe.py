@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["DECODER_EPOCH", "fingerprint", "recipe"]
 
-DECODER_EPOCH = 2
+DECODER_EPOCH = 3
 """Raised by one whenever the package decodes or converts the same bytes to other values; part of every derived key."""
 
 _DEEPEST = 32

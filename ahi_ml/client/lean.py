@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
 from botocore.awsrequest import HeadersDict
@@ -32,6 +32,7 @@ from ahi_ml.client.failures import (
     translated,
     unsent,
 )
+from ahi_ml.client.future import FrameFuture
 from ahi_ml.client.governor import Governor
 from ahi_ml.client.multi import LeanEndpoint, Multi, Request
 from ahi_ml.client.partial import Part
@@ -90,17 +91,18 @@ class CurlTransport:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._woken = False
+        self._dropped = False  # whether futures have been cancelled whose requests have not been ended
         self._ears, self._bell = socket.socketpair()
         self._ears.setblocking(False)
         self._bell.setblocking(False)
 
-    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> Future[bytes]:
+    def fetch(self, image_set_id: str, frame_id: str, part: Part | None = None) -> FrameFuture:
         """Start fetching the encoded bytes of a frame, or of its first part.
 
         I/O: one request, in the background, and up to seven more. The future raises `ServiceError` or
-        one of its kinds.
+        one of its kinds; cancelling it ends the request and closes its connection.
         """
-        request = Request(image_set_id, frame_id, Future(), part=part)
+        request = Request(image_set_id, frame_id, FrameFuture(self._on_cancel), part=part)
         with self._lock:
             if self._closed:
                 raise closed("GetImageFrame", request.where)
@@ -112,6 +114,14 @@ class CurlTransport:
                 self._bell.send(b"\0")
                 self._woken = True
         return request.future
+
+    def _on_cancel(self, _: FrameFuture) -> None:
+        if not self._dropped:
+            self._dropped = True
+            # Without the lock, which a forked child would find held for ever. A bell that cannot be rung has been,
+            # or nobody is left to hear it.
+            with suppress(OSError):
+                self._bell.send(b"\0")
 
     def stats(self) -> dict[str, float]:
         """Counts of requests so far; see `Counts`. I/O: none."""
@@ -155,6 +165,9 @@ class CurlTransport:
 
     def _work(self, loop: Multi) -> None:
         while not self._closed:
+            if self._dropped:
+                self._dropped = False  # before looking: who is cancelled meanwhile rings again
+                self._drop(loop)
             now = time.monotonic()
             due = self._fill(loop, now)
             if loop.turn(None if due is None else due - now):
@@ -176,14 +189,34 @@ class CurlTransport:
             if due > now or started == _AT_ONCE:
                 return due
             request = heapq.heappop(later)[2] if again else waiting.popleft()
+            if request.future.cancelled():
+                request.future.settle()
+                continue
             if not again:
-                if not request.future.set_running_or_notify_cancel():
-                    continue
                 request.deadline = now + _DEADLINE_S
             pace.take(now)
             self._start(loop, request)
             started += 1
         return None
+
+    def _drop(self, loop: Multi) -> None:
+        """End the requests that were cancelled, wherever they are."""
+        dropped = [request for request in loop.requests() if request.future.dropped]
+        for request in dropped:
+            loop.drop(request)
+        later, self._later = self._later, []
+        for each in later:
+            if each[2].future.dropped:
+                dropped.append(each[2])
+            else:
+                self._later.append(each)
+        heapq.heapify(self._later)
+        with self._lock:  # others append to it
+            for _ in range(len(self._waiting)):
+                request = self._waiting.popleft()
+                (dropped if request.future.dropped else self._waiting).append(request)
+        for request in dropped:
+            request.future.settle()
 
     def _drain(self) -> None:
         try:
@@ -194,16 +227,12 @@ class CurlTransport:
 
     def _abandon(self, under_way: list[Request], cause: Exception | None) -> None:
         with self._lock:
-            waiting = list(self._waiting)
+            under_way += self._waiting
             self._waiting.clear()
-        for request in waiting:
-            if not request.future.set_running_or_notify_cancel():
-                continue
-            under_way.append(request)
         for request in under_way:
             error = closed("GetImageFrame", request.where)
             error.__cause__ = cause
-            request.future.set_exception(error)
+            request.future.settle(error)
 
     def _start(self, loop: Multi, request: Request) -> None:
         request.attempt += 1
@@ -216,15 +245,15 @@ class CurlTransport:
                 headers = self._signer.headers(path, body)
             loop.start(request, f"{self._origin}{path}", body, headers)
         except AhiError as error:
-            request.future.set_exception(error)
+            request.future.settle(error)
         except Exception as error:
-            request.future.set_exception(unsent("GetImageFrame", error, request.where))
+            request.future.settle(unsent("GetImageFrame", error, request.where))
 
     def _settle(self, request: Request, status: int, content_type: str, problem: str) -> None:
         """A request has ended: give its outcome, or try again."""
         error = self._judge(request, status, content_type, problem)
         if error is None:
-            request.future.set_result(request.body.getvalue())
+            request.future.settle(request.body.getvalue())
             return
         if is_throttling(error.code, error.status):
             self._pace.throttled()
@@ -232,7 +261,7 @@ class CurlTransport:
         if error.retryable and request.attempt < ATTEMPTS and now < request.deadline and not self._closed:
             heapq.heappush(self._later, (now + pause_s(request.attempt), next(self._count), request))
             return
-        request.future.set_exception(error)
+        request.future.settle(error)
 
     def _judge(self, request: Request, status: int, content_type: str, problem: str) -> ServiceError | None:
         if not problem and status < 300:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
 from ahi_ml._version import __version__
+from ahi_ml.client.future import FrameFuture
 from ahi_ml.client.partial import Part
 
 __all__ = ["LeanEndpoint", "Multi", "Request"]
@@ -50,13 +50,13 @@ class LeanEndpoint:
     read_timeout_s: float = 60.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A frame that was asked for, and how far it is."""
 
     image_set_id: str
     frame_id: str
-    future: Future[bytes]
+    future: FrameFuture
     deadline: float = 0.0
     attempt: int = 0
     heard: tuple[int, float] = (0, 0.0)  # how much so far, and when it last grew
@@ -165,6 +165,13 @@ class Multi:
     def requests(self) -> list[Request]:
         """What is under way."""
         return list(self._busy.values())
+
+    def drop(self, request: Request) -> None:
+        """Hang up on a request that is under way, and settle nothing."""
+        handle = next(handle for handle, busy in self._busy.items() if busy is request)
+        del self._busy[handle]
+        self._multi.remove_handle(handle)  # closes its connection: the rest of the answer may come on it
+        self.free.append(handle)
 
     def turn(self, most_s: float | None) -> bool:
         """Wait for sockets or time, do what is due; return whether the bell rang."""

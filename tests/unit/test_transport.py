@@ -127,6 +127,14 @@ class Seen:
         Verifier({keys.access_key_id: keys.secret_access_key}, region).verify(request)
 
 
+def seen_by(server: Server, count: int) -> None:
+    """Wait until a server has so many requests."""
+    deadline = time.monotonic() + PATIENCE_S
+    while len(server.seen) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @dataclass
 class Server:
     """Answers each request with the next act of its script, the last for ever."""
@@ -1403,7 +1411,9 @@ class TestBoth:
         assert len(server.seen) == 5
         assert server.most_open == 1
 
-    def test_what_waits_can_be_cancelled(self, make: Make, serve: Any, connect: Any) -> None:
+    def test_whatever_its_state_it_can_be_cancelled(self, make: Make, serve: Any, connect: Any) -> None:
+        if make is the_boto3:
+            pytest.skip("what boto3 has sent goes on")
         go = threading.Event()
 
         def script(seen: Seen) -> Act:
@@ -1418,12 +1428,89 @@ class TestBoth:
         while len(server.seen) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        assert [each.cancel() for each in futures] == [False, False, True, True, True, True]
+        told: list[Future[bytes]] = []
+        for each in futures:
+            each.add_done_callback(told.append)
+        assert all(each.cancel() for each in futures)
+        assert all(each.cancel() for each in futures), "once more"
+        assert sorted(map(id, told)) == sorted(map(id, futures))
+        assert not wait(futures, 1).not_done, "those who wait are told"
         go.set()
-        assert [outcome(each) for each in futures[:2]] == [body_of(each) for each in ids[:2]]
         assert outcome(transport.fetch(IMAGE_SET, "9" * 32)) == body_of("9" * 32)
         transport.close()
         assert sorted(each.frame_id for each in server.seen) == ["0" * 32, "1" * 32, "9" * 32]
+        assert len(told) == 6
+        assert all(each.cancelled() for each in futures)
+
+    def test_what_is_cancelled_in_flight_makes_room_at_once(self, make: Make, serve: Any, connect: Any) -> None:
+        if make is the_boto3:
+            pytest.skip("what boto3 has sent goes on")
+        server = serve(lambda seen: HANG if seen.frame_id[0] == "0" else Reply(body=body_of(seen.frame_id)))
+        transport = make(connect(server.url), in_flight=4)
+        hanging = [transport.fetch(IMAGE_SET, f"{number:032x}") for number in range(4)]
+        seen_by(server, 4)
+        waiting = [transport.fetch(IMAGE_SET, "a" * 32), transport.fetch(IMAGE_SET, "b" * 32)]
+        began = time.monotonic()
+        assert all(each.cancel() for each in hanging)
+        assert [outcome(each) for each in waiting] == [body_of("a" * 32), body_of("b" * 32)]
+        assert time.monotonic() - began < 1
+        server.close()
+        transport.close()
+
+    def test_a_pause_before_a_retry_can_be_cancelled(
+        self, make: Make, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if make is the_boto3:
+            pytest.skip("what boto3 has sent goes on")
+        monkeypatch.setattr(failures.random, "random", lambda: 0.5)
+        server = serve(Reply(body=b""))
+        transport = make(connect(server.url), in_flight=1)
+        future = transport.fetch(IMAGE_SET, FRAME)
+        seen_by(server, 1)
+        time.sleep(0.1)
+        assert future.cancel()
+        assert not wait([future], 0.3).not_done
+        time.sleep(0.8)
+        assert len(server.seen) == 1
+        transport.close()
+
+    def test_cancelling_what_has_come(self, make: Make, serve: Any, connect: Any) -> None:
+        transport = make(connect(serve(Reply()).url))
+        future = transport.fetch(IMAGE_SET, FRAME)
+        assert outcome(future) == FRAME_BYTES
+        assert not future.cancel()
+        assert not future.cancelled()
+        transport.close()
+        assert not future.cancel(), "nor when all has ended"
+
+    def test_cancelling_at_any_moment(self, make: Make, serve: Any, connect: Any) -> None:
+        """Each future has one outcome, told once, and the transport goes on."""
+
+        def script(seen: Seen) -> Act:
+            number = int(seen.frame_id, 16)
+            time.sleep(0.001 * (number % 5))
+            return refusal(503, None) if number % 7 == 0 else Reply(body=body_of(seen.frame_id))
+
+        transport = make(connect(serve(script).url), in_flight=6)
+        told: list[Future[bytes]] = []
+        ids = [f"{number:032x}" for number in range(300)]
+        futures = [transport.fetch(IMAGE_SET, each) for each in ids]
+        for each in futures:
+            each.add_done_callback(told.append)
+        taken = set()
+        for number in [*range(0, 300, 3), *range(0, 300, 7)]:
+            if futures[number].cancel():
+                taken.add(number)
+            time.sleep(0.0005)
+        for number, each in enumerate(futures):
+            if number in taken:
+                assert each.cancelled()
+            else:
+                assert outcome(each) == body_of(ids[number])
+        assert not wait(futures, 1).not_done
+        assert len(told) == 300
+        assert outcome(transport.fetch(IMAGE_SET, "9" * 32)) == body_of("9" * 32)
+        transport.close()
 
     @pytest.mark.usefixtures("at_once")
     def test_closing_ends_all_within_a_second(self, make: Make, serve: Any, connect: Any, threads_end: Any) -> None:
@@ -1637,6 +1724,34 @@ class TestGoverned:
 
 
 class TestLean:
+    @pytest.mark.parametrize("act", [HANG, Reply(sent=10)], ids=["no answer", "half a body"])
+    def test_cancelling_in_flight_hangs_up(
+        self, act: Act, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Server._act
+
+        def stay(self: Server, connection: socket.socket, act: Act) -> bool:
+            whole = real(self, connection, act)
+            if not whole and act != HANG:
+                real(self, connection, HANG)  # half a body, and the connection stays open
+            return whole
+
+        monkeypatch.setattr(Server, "_act", stay)
+        server = serve(lambda seen: act if seen.frame_id[0] == "0" else Reply())
+        transport = the_lean(connect(server.url))
+        futures = [transport.fetch(IMAGE_SET, f"{number:032x}") for number in range(20)]
+        seen_by(server, 20)
+        time.sleep(0.1)
+        assert server._asked == 20
+        assert all(each.cancel() for each in futures)
+        deadline = time.monotonic() + 1
+        while server._asked:
+            assert time.monotonic() < deadline, "the server still has somebody on the line"
+            time.sleep(0.005)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        assert len(server.seen) == 21
+        transport.close()
+
     @pytest.mark.parametrize("silence", [HANG, Reply(sent=10)], ids=["no answer", "half a body"])
     @pytest.mark.usefixtures("at_once")
     def test_a_silent_server_is_asked_again(

@@ -43,16 +43,33 @@ __all__ = ["CurlTransport", "misfit"]
 
 _LOG = logging.getLogger(__name__)
 _DEADLINE_S = 120.0
+_LONGEST_TYPE = 100  # in a message
 _AT_ONCE = 8  # requests started before answers are looked at: meanwhile the decoders wait for the GIL
-_NOT_FRAMES = ("application/json", "text/", "application/xml")
+# What the service may call a frame, and video/. Whatever else answers, a proxy's page or a picture in one, is none:
+# a decoder might not notice, and who reads the bytes as they are would keep them.
+_FRAMES = frozenset(
+    {
+        "",  # not said
+        "application/octet-stream",
+        "image/dicom-rle",
+        "image/j2c",
+        "image/jls",
+        "image/jp2",
+        "image/jpeg",
+        "image/jph",
+        "image/jphc",
+        "image/jxl",
+    }
+)
 
 
 def misfit(size: int, content_type: str) -> str:
     """Why the body of a good answer is no frame; empty if it may be one. I/O: none."""
     if not size:
         return "an empty body instead of a frame"
-    if content_type.lower().startswith(_NOT_FRAMES):
-        return f"a body of type {content_type} instead of a frame"
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in _FRAMES and not kind.startswith("video/"):
+        return f"a body of type {content_type[:_LONGEST_TYPE]} instead of a frame"
     return ""
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "is_throttling",
     "no_answer",
     "pause_s",
+    "request_id",
     "service_error",
     "translated",
     "unsent",
@@ -135,18 +136,36 @@ def answer_error(operation: str, answer: Mapping[str, Any], where: str = "") -> 
         str(details.get("Code", "Unknown")),
         int(meta.get("HTTPStatusCode", 0)),
         str(details.get("Message", "")),
-        str(meta.get("RequestId", "")),
+        request_id(meta),
         where,
     )
 
 
-def no_answer(operation: str, why: str, where: str = "") -> ConnectionFailedError:
-    """The error when nothing came back, or nothing that can be used. I/O: none."""
+def request_id(meta: Mapping[str, Any]) -> str:
+    """The service's id of a request, from the metadata that botocore gives an answer; empty without one. I/O: none."""
+    # Of a page that is no error document botocore leaves the id in the headers.
+    return str(meta.get("RequestId") or meta.get("HTTPHeaders", {}).get("x-amzn-requestid", ""))
+
+
+def no_answer(operation: str, why: str, where: str = "", request_id: str = "") -> ConnectionFailedError:
+    """The error when nothing came back, or nothing that can be used. I/O: none.
+
+    Parameters
+    ----------
+    operation, why
+        What was asked and what came back.
+    where : str
+        Safe ids for the message.
+    request_id : str
+        Of an answer that cannot be used.
+    """
     place = f" for {where}" if where else ""
     why = re.sub(r"//\S*@", "//***@", why)  # the URL of a proxy may hold a password
+    known = f" [request {request_id}]" if request_id else ""
     return ConnectionFailedError(
-        f"{operation}{place}: no usable answer: {why}. Check the network and the endpoint",
+        f"{operation}{place}: no usable answer: {why}. Check the network and the endpoint{known}",
         operation=operation,
+        request_id=request_id,
         retryable=True,
     )
 
@@ -166,8 +185,17 @@ def unsent(operation: str, cause: Exception, where: str = "") -> ServiceError:
 
 
 @contextmanager
-def translated(operation: str, where: str = "") -> Iterator[None]:
+def translated(operation: str, where: str = "", request_id: str = "") -> Iterator[None]:
     """Raise botocore's errors as this package's. I/O: none.
+
+    Parameters
+    ----------
+    operation : str
+        What is asked.
+    where : str
+        Safe ids for the message.
+    request_id : str
+        Of the answer, where it has begun to come.
 
     Raises
     ------
@@ -205,6 +233,6 @@ def translated(operation: str, where: str = "") -> Iterator[None]:
         botocore_errors.ResponseStreamingError,
         ResponseParserError,
     ) as error:
-        raise no_answer(operation, f"{error} ({type(error).__name__})", where) from error
+        raise no_answer(operation, f"{error} ({type(error).__name__})", where, request_id) from error
     except botocore_errors.BotoCoreError as error:  # of its configuration, its parameters, its data files
         raise ConfigError(f"{operation}: {error}") from error

@@ -285,13 +285,15 @@ class CurlTransport:
             problem = misfit(request.body.tell(), content_type)
             if not problem:
                 return None
+        headers = _headers(request.head)
+        request_id = headers.get("x-amzn-RequestId", "")
         if problem:
-            return no_answer("GetImageFrame", problem, request.where)
-        answer = {"status_code": status, "headers": _headers(request.head), "body": request.body.getvalue()}
+            return no_answer("GetImageFrame", problem, request.where, request_id)
+        answer = {"status_code": status, "headers": headers, "body": request.body.getvalue()}
         try:
             return answer_error("GetImageFrame", create_parser("rest-json").parse(answer, None), request.where)
         except Exception as error:  # whatever a body that is no error document does to the parser
-            return no_answer("GetImageFrame", f"status {status}, {type(error).__name__}", request.where)
+            return no_answer("GetImageFrame", f"status {status}, {type(error).__name__}", request.where, request_id)
 
 
 def _host(url: str) -> str:

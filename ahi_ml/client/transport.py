@@ -17,7 +17,7 @@ from botocore import exceptions as botocore_errors
 from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.utils import get_environ_proxies
 
-from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, translated, unsent
+from ahi_ml.client.failures import ATTEMPTS, closed, no_answer, pause_s, request_id, translated, unsent
 from ahi_ml.client.governor import Governor
 from ahi_ml.client.lean import CurlTransport, misfit
 from ahi_ml.client.multi import LeanEndpoint
@@ -130,10 +130,12 @@ class Boto3Transport:
             try:
                 with translated("GetImageFrame", asked.where):
                     answer = self._ask(asked)
+                known = request_id(answer["ResponseMetadata"])
+                with translated("GetImageFrame", asked.where, known):
                     data = _body(answer, asked.part)
                 if not (problem := misfit(len(data), answer.get("contentType", ""))):
                     return data
-                raise no_answer("GetImageFrame", problem, asked.where)
+                raise no_answer("GetImageFrame", problem, asked.where, known)
             except ServiceError as error:
                 sent += _sent(answer, error)
                 if not error.retryable or sent >= ATTEMPTS or self._closed.wait(pause_s(sent)):

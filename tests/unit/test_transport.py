@@ -625,6 +625,31 @@ def test_refusals_read_the_same(fault: str, serve: Any, connect: Any) -> None:
         assert texts[0] == texts[1]
 
 
+NAMED = ("x-amzn-RequestId", "r-7")
+UNUSABLE: dict[str, Reply] = {
+    "short": Reply(sent=100, headers=(("Content-Type", "image/jph"), NAMED)),
+    "short, in chunks": Reply(sent=100, chunked=True, headers=(("Content-Type", "image/jph"), NAMED)),
+    "empty": Reply(body=b"", headers=(NAMED,)),
+    "no content": Reply(204, b"", (NAMED,)),
+    "wrong type": Reply(headers=(("Content-Type", "text/html"), NAMED)),
+    "a web page for an error": Reply(503, b"<html>down</html>", (("Content-Type", "text/html"), NAMED)),
+    "an error without a body": Reply(504, b"", (NAMED,)),
+    "refused": refusal(404, "ResourceNotFoundException", request_id="r-7"),
+}
+
+
+@both
+@pytest.mark.parametrize("answer", UNUSABLE)
+@pytest.mark.usefixtures("at_once")
+def test_request_ids_are_kept(answer: str, make: Make, serve: Any, connect: Any) -> None:
+    transport = make(connect(serve(UNUSABLE[answer]).url))
+    found = outcome(transport.fetch(IMAGE_SET, FRAME))
+    transport.close()
+    assert isinstance(found, ServiceError)
+    assert found.request_id == "r-7"
+    assert "[request r-7]" in str(found)
+
+
 @both
 class TestContentTypes:
     @pytest.mark.parametrize(

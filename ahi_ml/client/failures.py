@@ -25,9 +25,12 @@ __all__ = [
     "ATTEMPTS",
     "answer_error",
     "closed",
+    "deadline_after",
+    "is_late",
     "is_throttling",
     "no_answer",
     "pause_s",
+    "repeat_at",
     "request_id",
     "service_error",
     "translated",
@@ -36,6 +39,8 @@ __all__ = [
 
 ATTEMPTS = 8
 """Requests that one call may send, the first included."""
+_DEADLINE_S = 120.0
+_LEAST = 1 / 20  # of that a repetition has left when it begins: the time-out of a shorter one would hide the error
 
 _KINDS: dict[str, tuple[type[ServiceError], str]] = {
     "ResourceNotFoundException": (NotFoundError, "check the ids; a new import makes new ones"),
@@ -95,6 +100,22 @@ _LONGEST_TEXT = 500  # an error page of a proxy is no message
 def pause_s(attempt: int) -> float:
     """Seconds to wait after this attempt, from 1: exponential with full jitter, as botocore's. I/O: none."""
     return random.random() * float(min(2 ** (attempt - 1), 20))
+
+
+def deadline_after(now: float) -> float:
+    """When a call must have ended whose first request is sent now. I/O: none."""
+    return now + _DEADLINE_S
+
+
+def repeat_at(attempt: int, now: float, deadline: float) -> float | None:
+    """When to try again after this attempt, from 1; None when too little time would be left. I/O: none."""
+    at = now + pause_s(attempt)
+    return None if is_late(at, deadline) else at
+
+
+def is_late(now: float, deadline: float) -> bool:
+    """Whether too little time is left to repeat a request now. I/O: none."""
+    return now > deadline - _DEADLINE_S * _LEAST
 
 
 def is_throttling(code: str, status: int) -> bool:

@@ -26,9 +26,11 @@ from ahi_ml.client.failures import (
     ATTEMPTS,
     answer_error,
     closed,
+    deadline_after,
+    is_late,
     is_throttling,
     no_answer,
-    pause_s,
+    repeat_at,
     translated,
     unsent,
 )
@@ -42,7 +44,7 @@ from ahi_ml.errors import AhiError, ServiceError
 __all__ = ["CurlTransport", "misfit"]
 
 _LOG = logging.getLogger(__name__)
-_DEADLINE_S = 120.0
+_LOOK_S = 0.25  # how often to look for requests whose repetition has waited for too long
 _LONGEST_TYPE = 100  # in a message
 _AT_ONCE = 8  # requests started before answers are looked at: meanwhile the decoders wait for the GIL
 # What the service may call a frame, and video/. Whatever else answers, a proxy's page or a picture in one, is none:
@@ -161,6 +163,7 @@ class CurlTransport:
     def _run(self) -> None:
         self._later: list[tuple[float, int, Request]] = []
         self._count = itertools.count()
+        self._look = 0.0
         loop: Multi | None = None
         failure: Exception | None = None
         try:
@@ -187,6 +190,9 @@ class CurlTransport:
                 self._drop(loop)
             now = time.monotonic()
             due = self._fill(loop, now)
+            if self._later:
+                self._end_late(now)
+                due = now + _LOOK_S if due is None else min(due, now + _LOOK_S)
             if loop.turn(None if due is None else due - now):
                 # In this order: a fetch before the flag falls does not ring, and is found at the top of the
                 # loop; one after it rings a bell that nobody silences.
@@ -209,12 +215,27 @@ class CurlTransport:
             if request.future.cancelled():
                 request.future.settle()
                 continue
+            if again and is_late(now, request.deadline):
+                request.future.settle(request.error)
+                continue
             if not again:
-                request.deadline = now + _DEADLINE_S
+                request.deadline = deadline_after(now)
             pace.take(now)
             self._start(loop, request)
             started += 1
         return None
+
+    def _end_late(self, now: float) -> None:
+        """Fail requests whose repetition the budget, or others, have kept waiting for too long."""
+        if now < self._look:
+            return
+        self._look = now + _LOOK_S
+        late = [each for each in self._later if is_late(now, each[2].deadline)]
+        if late:
+            self._later = [each for each in self._later if not is_late(now, each[2].deadline)]
+            heapq.heapify(self._later)
+        for _, _, request in late:
+            request.future.settle(request.error)
 
     def _drop(self, loop: Multi) -> None:
         """End the requests that were cancelled, wherever they are."""
@@ -275,9 +296,12 @@ class CurlTransport:
         if is_throttling(error.code, error.status):
             self._pace.throttled()
         now = time.monotonic()
-        if error.retryable and request.attempt < ATTEMPTS and now < request.deadline and not self._closed:
-            heapq.heappush(self._later, (now + pause_s(request.attempt), next(self._count), request))
-            return
+        if error.retryable and request.attempt < ATTEMPTS and not self._closed:
+            at = repeat_at(request.attempt, now, request.deadline)
+            if at is not None:
+                request.error = error
+                heapq.heappush(self._later, (at, next(self._count), request))
+                return
         request.future.settle(error)
 
     def _judge(self, request: Request, status: int, content_type: str, problem: str) -> ServiceError | None:

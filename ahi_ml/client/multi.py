@@ -59,6 +59,7 @@ class Request:
     future: FrameFuture
     deadline: float = 0.0
     attempt: int = 0
+    error: Exception | None = None  # of the last attempt, while it waits for the next
     heard: tuple[int, float] = (0, 0.0)  # how much so far, and when it last grew
     body: BytesIO = field(default_factory=BytesIO)
     head: list[bytes] = field(default_factory=list)

@@ -764,7 +764,7 @@ class TestWhatIsTriedAgain:
     ) -> None:
         """A frame that queued for longer than a frame may take still has its retries."""
         monkeypatch.setattr(failures.random, "random", lambda: 0.0)
-        monkeypatch.setattr(lean_module, "_DEADLINE_S", 0.4)
+        monkeypatch.setattr(failures, "_DEADLINE_S", 0.4)
 
         def script(seen: Seen) -> Act:
             time.sleep(0.1)
@@ -779,11 +779,52 @@ class TestWhatIsTriedAgain:
 
     def test_no_attempt_outlives_the_deadline(self, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(failures.random, "random", lambda: 0.0)
-        monkeypatch.setattr(lean_module, "_DEADLINE_S", 0.5)
+        monkeypatch.setattr(failures, "_DEADLINE_S", 0.5)
         transport = the_lean(connect(serve(refusal(503, None), HANG).url))
         started = time.monotonic()
         assert isinstance(outcome(transport.fetch(IMAGE_SET, FRAME)), ConnectionFailedError)
         assert 0.4 < time.monotonic() - started < 2
+        transport.close()
+
+    @pytest.mark.parametrize("status", [429, 503, 409])
+    def test_a_retry_that_would_come_too_late_is_not_waited_for(
+        self, status: int, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(failures, "_DEADLINE_S", 3.0)
+        monkeypatch.setattr(failures.random, "random", lambda: 0.8)  # pauses of 0.8, 1.6, 3.2 s
+        code = {429: "ThrottlingException", 503: "ServiceUnavailableException", 409: "ConflictException"}[status]
+        server = serve(refusal(status, code))
+        transport = the_lean(connect(server.url))
+        started = time.monotonic()
+        found = outcome(transport.fetch(IMAGE_SET, FRAME))
+        assert time.monotonic() - started < 2.9
+        transport.close()
+        assert isinstance(found, ServiceError)
+        assert (found.code, found.status, found.request_id) == (code, status, "r-1")
+        assert len(server.seen) == 3
+
+    @pytest.mark.parametrize("kept_by", ["the budget", "another frame"])
+    def test_a_retry_that_is_kept_waiting_fails_in_time(
+        self, kept_by: str, serve: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(failures, "_DEADLINE_S", 1.0)
+        monkeypatch.setattr(failures.random, "random", lambda: 0.0)
+        server = serve(lambda seen: refusal(503, None) if seen.frame_id == FRAME else HANG)
+        limit = (0.1, 1.0) if kept_by == "the budget" else (1000.0, 1000.0)
+        connection = make_connection(
+            Service(REGION, endpoint_url=server.url, keys=KEYS), limits={"GetImageFrame": limit}
+        )
+        endpoint = lean_endpoint(connection)
+        assert endpoint is not None
+        transport = CurlTransport(endpoint, STORE, in_flight=1, governor=connection.governor)
+        future = transport.fetch(IMAGE_SET, FRAME)
+        if kept_by == "another frame":
+            monkeypatch.setattr(failures.random, "random", lambda: 0.3)
+            seen_by(server, 1)
+            transport.fetch(IMAGE_SET, "0" * 32)
+        wait([future], 2)
+        assert isinstance(future.exception(timeout=0), ServiceError)
+        assert "[request r-1]" in str(future.exception())
         transport.close()
 
 

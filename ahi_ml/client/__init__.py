@@ -6,7 +6,8 @@ from ahi_ml.client.documents import image_set_document
 from ahi_ml.client.failures import service_error, translated
 from ahi_ml.client.partial import Part
 from ahi_ml.client.sessions import AccessKeys, Connection, Service, make_connection, make_s3_client
-from ahi_ml.client.transport import BestTransport, Boto3Transport, FrameTransport
+from ahi_ml.client.threaded import Boto3Transport
+from ahi_ml.client.transport import BestTransport, FrameTransport
 
 __all__ = [
     "AccessKeys",

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from ahi_ml._version import __version__
 from ahi_ml.client.failures import ATTEMPTS, translated
 from ahi_ml.client.governor import Governor
+from ahi_ml.client.single import SingleCalls
 from ahi_ml.config import QUOTAS, Quota, rate_limits
 from ahi_ml.errors import ConfigError
 
@@ -60,6 +61,8 @@ class Connection:
         It was made with: credentials and configuration come from it.
     governor : Governor
         How fast requests may go, the client's and others.
+    single : SingleCalls
+        For a transport that repeats the client's calls itself.
     hooked : bool
         Whether somebody else has registered event handlers on the client: requests must pass them.
     """
@@ -67,11 +70,13 @@ class Connection:
     client: Any
     session: Any
     governor: Governor = field(default_factory=Governor)
+    single: SingleCalls = field(default_factory=SingleCalls)
     hooked: bool = False
 
     def __post_init__(self) -> None:
         events = self.client.meta.events
         self.governor.attend(events)
+        self.single.attend(events)
         for name in ("register", "register_first", "register_last"):
             setattr(events, name, self._noticing(getattr(events, name)))
 

@@ -786,15 +786,62 @@ class TestWhatIsTriedAgain:
         assert 0.4 < time.monotonic() - started < 2
         transport.close()
 
+    @both
+    @pytest.mark.usefixtures("at_once")
+    def test_eight_requests_are_the_most(self, make: Make, serve: Any, connect: Any) -> None:
+        """Also where some of the answers are such as botocore would try again by itself."""
+        server = serve(*[Reply(body=b"")] * 7, THROTTLED)
+        transport = make(connect(server.url))
+        assert isinstance(outcome(transport.fetch(IMAGE_SET, FRAME)), ThrottledError)
+        transport.close()
+        assert len(server.seen) == 8
+
+    @pytest.mark.usefixtures("at_once")
+    def test_other_calls_of_the_client_keep_its_retries(self, serve: Any, connect: Any) -> None:
+        server = serve(Reply(), refusal(503, None), refusal(503, None), Reply())
+        connection = connect(server.url)
+        transport = the_boto3(connection)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        connection.client.get_image_frame(
+            datastoreId=STORE, imageSetId=IMAGE_SET, imageFrameInformation={"imageFrameId": FRAME}
+        )
+        transport.close()
+        assert len(server.seen) == 4
+
+    @both
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_a_body_that_trickles_meets_the_deadline(
+        self, make: Make, chunked: bool, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(failures, "_DEADLINE_S", 1.0)
+
+        def trickle(self: Server, connection: socket.socket, act: Act) -> bool:
+            length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 160000"
+            connection.sendall(f"HTTP/1.1 200 OK\r\n{length}\r\n{': '.join(NAMED)}\r\n\r\n".encode())
+            for _ in range(200):
+                connection.sendall(b"1\r\nx\r\n" if chunked else b"x")
+                time.sleep(0.05)
+            return False
+
+        monkeypatch.setattr(Server, "_act", trickle)
+        transport = make(connect(serve(Reply()).url))
+        started = time.monotonic()
+        found = outcome(transport.fetch(IMAGE_SET, FRAME))
+        assert 0.8 < time.monotonic() - started < 3
+        transport.close()
+        assert isinstance(found, ConnectionFailedError)
+        assert found.request_id == "r-7"
+
+    @both
     @pytest.mark.parametrize("status", [429, 503, 409])
     def test_a_retry_that_would_come_too_late_is_not_waited_for(
-        self, status: int, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+        self, make: Make, status: int, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(failures, "_DEADLINE_S", 3.0)
         monkeypatch.setattr(failures.random, "random", lambda: 0.8)  # pauses of 0.8, 1.6, 3.2 s
         code = {429: "ThrottlingException", 503: "ServiceUnavailableException", 409: "ConflictException"}[status]
         server = serve(refusal(status, code))
-        transport = the_lean(connect(server.url))
+        transport = make(connect(server.url))
         started = time.monotonic()
         found = outcome(transport.fetch(IMAGE_SET, FRAME))
         assert time.monotonic() - started < 2.9
@@ -1513,8 +1560,6 @@ class TestBoth:
         assert server.most_open == 1
 
     def test_whatever_its_state_it_can_be_cancelled(self, make: Make, serve: Any, connect: Any) -> None:
-        if make is the_boto3:
-            pytest.skip("what boto3 has sent goes on")
         go = threading.Event()
 
         def script(seen: Seen) -> Act:
@@ -1532,7 +1577,7 @@ class TestBoth:
         told: list[Future[bytes]] = []
         for each in futures:
             each.add_done_callback(told.append)
-        assert all(each.cancel() for each in futures)
+        assert all(each.cancel() for each in reversed(futures))  # each makes room for one before it
         assert all(each.cancel() for each in futures), "once more"
         assert sorted(map(id, told)) == sorted(map(id, futures))
         assert not wait(futures, 1).not_done, "those who wait are told"
@@ -1544,8 +1589,6 @@ class TestBoth:
         assert all(each.cancelled() for each in futures)
 
     def test_what_is_cancelled_in_flight_makes_room_at_once(self, make: Make, serve: Any, connect: Any) -> None:
-        if make is the_boto3:
-            pytest.skip("what boto3 has sent goes on")
         server = serve(lambda seen: HANG if seen.frame_id[0] == "0" else Reply(body=body_of(seen.frame_id)))
         transport = make(connect(server.url), in_flight=4)
         hanging = [transport.fetch(IMAGE_SET, f"{number:032x}") for number in range(4)]
@@ -1561,8 +1604,6 @@ class TestBoth:
     def test_a_pause_before_a_retry_can_be_cancelled(
         self, make: Make, serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if make is the_boto3:
-            pytest.skip("what boto3 has sent goes on")
         monkeypatch.setattr(failures.random, "random", lambda: 0.5)
         server = serve(Reply(body=b""))
         transport = make(connect(server.url), in_flight=1)
@@ -1586,8 +1627,6 @@ class TestBoth:
 
     def test_cancelling_at_any_moment(self, make: Make, serve: Any, connect: Any) -> None:
         """Each future has one outcome, told once, and the transport goes on."""
-        if make is the_boto3:
-            pytest.skip("what boto3 has sent goes on")
 
         def script(seen: Seen) -> Act:
             number = int(seen.frame_id, 16)
@@ -1811,6 +1850,22 @@ class TestGoverned:
         transport.close()
         assert isinstance(outcome(futures[4]), ConnectionFailedError)
         assert time.monotonic() - began < 1
+
+    @pytest.mark.parametrize("hooked", [False, True], ids=["lean", "boto3"])
+    def test_one_that_waits_for_its_turn_is_not_sent_when_cancelled(self, hooked: bool, serve: Any) -> None:
+        server = serve(Reply())
+        service = Service(REGION, endpoint_url=server.url, keys=KEYS)
+        connection = make_connection(service, limits={"GetImageFrame": (2.0, 1.0)})
+        connection.hooked = hooked
+        transport = BestTransport(connection, STORE)
+        assert outcome(transport.fetch(IMAGE_SET, FRAME)) == FRAME_BYTES
+        future = transport.fetch(IMAGE_SET, FRAME)
+        time.sleep(0.1)
+        assert future.cancel()
+        assert not wait([future], 0.3).not_done
+        time.sleep(0.8)
+        assert len(server.seen) == 1
+        transport.close()
 
     def test_one_that_was_cancelled_takes_no_turn(self, serve: Any) -> None:
         server = serve(lambda seen: Reply(body=body_of(seen.frame_id)))

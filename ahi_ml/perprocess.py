@@ -19,15 +19,18 @@ class PerProcess(Generic[Made]):
     ----------
     make : callable
         Makes it.
+    left : callable, optional
+        Told of the one that was made, when another process does without it: see `leave`.
     """
 
-    def __init__(self, make: Callable[[], Made]) -> None:
+    def __init__(self, make: Callable[[], Made], left: Callable[[Made], None] | None = None) -> None:
         self._make = make
+        self._left = left
         self._made: tuple[int, Made] | None = None
         self._locks: dict[int, threading.Lock] = {}  # one a process: a forked child may inherit a held one
 
-    def __reduce__(self) -> tuple[type[PerProcess[Made]], tuple[Callable[[], Made]]]:
-        return PerProcess, (self._make,)  # where it is unpickled, it is made anew
+    def __reduce__(self) -> tuple[type[PerProcess[Made]], tuple[Callable[[], Made], Callable[[Made], None] | None]]:
+        return PerProcess, (self._make, self._left)  # where it is unpickled, it is made anew
 
     def get(self) -> Made:
         """This process's own. I/O: whatever making it does, the first time."""
@@ -37,8 +40,14 @@ class PerProcess(Generic[Made]):
             with self._locks.setdefault(pid, threading.Lock()):
                 made = self._made
                 if made is None or made[0] != pid:
+                    self.leave()  # in a forked child: its parent's
                     made = self._made = (pid, self._make())
         return made[1]
+
+    def leave(self) -> None:
+        """Tell `left` of what was made, if anything was: it does not go to the process that this goes to. I/O: none."""
+        if self._made is not None and self._left is not None:
+            self._left(self._made[1])
 
     def take(self) -> Made | None:
         """This process's own if it was made, and forget it. I/O: none."""

@@ -66,7 +66,7 @@ class Target:
 class _Session:
     """One process's connection."""
 
-    client: Any
+    connection: Connection
     datastore_id: str
     endpoint_url: str
     reader: Reader
@@ -91,7 +91,7 @@ class DataStore:
         self._target = target
         self._faults = dict(faults) if faults else None
         self._create = create
-        self._sessions = PerProcess(self._open)
+        self._sessions = PerProcess(self._open, lambda session: session.connection.leave())
         self.progress: bool | None = None
         self.cache = FrameCache.at(target.cache)
 
@@ -102,6 +102,7 @@ class DataStore:
         return f"<DataStore {place}{name}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._sessions.leave()
         return _reconnect, (self._target,)
 
     def __enter__(self) -> DataStore:
@@ -154,9 +155,8 @@ class DataStore:
     def _session(
         self, connection: Connection, datastore_id: str, places: ImportPlaces, environment: dict[str, str]
     ) -> _Session:
-        client = connection.client
         reader = Reader(BestTransport(connection, datastore_id), datastore_id)
-        return _Session(client, datastore_id, client.meta.endpoint_url, reader, places, environment)
+        return _Session(connection, datastore_id, connection.client.meta.endpoint_url, reader, places, environment)
 
     @property
     def _here(self) -> _Session:
@@ -165,7 +165,7 @@ class DataStore:
     @property
     def client(self) -> Any:
         """The boto3 client of this process, good for all operations of the service. I/O: connects."""
-        return self._here.client
+        return self._here.connection.client
 
     @property
     def datastore_id(self) -> str:
@@ -201,7 +201,7 @@ class DataStore:
         session = self._sessions.take()
         if session is not None:
             session.reader.close()
-            session.client.close()
+            session.connection.client.close()
             if session.lease is not None:
                 session.lease.close()
 
@@ -341,7 +341,7 @@ class DataStore:
         shown = self.progress if progress is None else progress
         limits = limits or JobLimits()
         return run_import(
-            session.client, session.datastore_id, source, places, limits=limits, wait=wait, progress=shown
+            session.connection.client, session.datastore_id, source, places, limits=limits, wait=wait, progress=shown
         )
 
 

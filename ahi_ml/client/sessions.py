@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +20,8 @@ from ahi_ml.config import QUOTAS, Quota, rate_limits
 from ahi_ml.errors import ConfigError
 
 __all__ = ["AccessKeys", "Connection", "Service", "make_connection", "make_s3_client"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,19 @@ class Connection:
             return register(*arguments, **options)
 
         return registered
+
+    def leave(self) -> None:
+        """Warn, once a process, that handlers of somebody else's do not go to another process. I/O: none."""
+        if self.hooked:
+            _warn_of_handlers(os.getpid())
+
+
+@cache  # one warning a process, a forked child too
+def _warn_of_handlers(process: int) -> None:
+    _LOG.warning(
+        "event handlers of store.client stay in the process that registered them; workers send requests without them: "
+        "register them there too (in a DataLoader's worker_init_fn), or read with num_workers=0"
+    )
 
 
 def make_connection(

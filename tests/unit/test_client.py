@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from botocore.parsers import ResponseParserError
 
 import ahi_ml
 from ahi_ml import errors
-from ahi_ml.client import AccessKeys, Service, translated
+from ahi_ml.client import AccessKeys, Service, sessions, translated
 from ahi_ml.errors import (
     AccessDeniedError,
     AhiError,
@@ -31,6 +32,7 @@ from ahi_ml.errors import (
     ThrottledError,
 )
 from ahi_ml.perprocess import PerProcess
+from ahi_ml.store import DataStore, connect
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 PLAIN = {"ValidationException", "BadRequestException", "NotAcceptableException", "InternalServerException"}
@@ -326,6 +328,45 @@ class TestPerProcess:
         if not pid:
             os._exit(0 if thing.take() is None else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+class TestHandlersOfTheClient:
+    """They cannot be carried to another process: whoever sends a store there hears of it."""
+
+    @pytest.fixture
+    def hooked(self) -> Iterator[DataStore]:
+        sessions._warn_of_handlers.cache_clear()
+        with connect("d" * 32, region="us-east-1", endpoint_url="http://127.0.0.1:9") as store:
+            store.client.meta.events.register("before-sign.medical-imaging", lambda **_: None)
+            yield store
+
+    def test_pickling_warns_once(self, hooked: DataStore, caplog: pytest.LogCaptureFixture) -> None:
+        for _ in range(2):
+            pickle.dumps(hooked)
+        (warned,) = [each for each in caplog.records if each.levelname == "WARNING"]
+        assert "event handlers of store.client stay in the process that registered them" in warned.getMessage()
+        assert "workers send requests without them" in warned.getMessage()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_forked_child_warns_once(self, hooked: DataStore, caplog: pytest.LogCaptureFixture) -> None:
+        pickle.dumps(hooked)  # the parent's own warning does not count
+        caplog.clear()
+        pid = os.fork()
+        if not pid:
+            _ = hooked.client, hooked.client
+            pickle.dumps(hooked)
+            os._exit(len(caplog.records))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        assert not caplog.records
+
+    def test_without_handlers_nobody_warns(self, caplog: pytest.LogCaptureFixture) -> None:
+        sessions._warn_of_handlers.cache_clear()
+        with connect("d" * 32, region="us-east-1", endpoint_url="http://127.0.0.1:9") as store:
+            pickle.dumps(store)
+            _ = store.client
+            pickle.dumps(store)
+        assert not [each for each in caplog.records if each.levelname == "WARNING"]
 
 
 def test_importing_the_package_imports_no_boto3() -> None:

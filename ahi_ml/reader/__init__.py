@@ -127,7 +127,7 @@ class Reader:
     def request(self, image_set_id: str, frame_id: str) -> Future[bytes]:
         """Start fetching the encoded bytes of a frame, unverified and past any cache.
 
-        I/O: one request, in the background. The future may be cancelled until it is sent.
+        I/O: one request, in the background, which ends when the future is cancelled.
         """
         return self._transport.fetch(image_set_id, frame_id)
 
@@ -361,7 +361,7 @@ class Reader:
         if asked is None:
             self._fetch(task, cache)
             return
-        task.batch.requests.add(asked)
+        task.batch.sent(asked)
         asked.add_done_callback(lambda done: self._hand_over(task, self._from_remote, (done, cache)))
 
     def _from_remote(self, task: Task, answer: tuple[Future[bytes | None], FrameCache]) -> None:
@@ -384,7 +384,7 @@ class Reader:
         # What does not suffice, against expectation, is fetched whole.
         task.part = part_of(task.source, task.options.levels(task.source.profile)) if task.fetches == 1 else None
         future = self._transport.fetch(task.source.image_set_id, task.source.frame_id, task.part)
-        task.batch.requests.add(future)
+        task.batch.sent(future)
         # The callback runs in the transport's thread, which must not be kept: decoding is the pool's.
         future.add_done_callback(lambda done: self._hand_over(task, self._from_network, (done, cache)))
 

@@ -132,8 +132,14 @@ class Batch:
             stats.decode_s += decode_s
             stats.convert_s += convert_s
 
+    def sent(self, request: Future[Any]) -> None:
+        """Note a request, so that it ends when the batch is cancelled. Called by the reader."""
+        self.requests.add(request)
+        if self.cancelled:  # just now: who cancelled it may not have seen this one
+            request.cancel()
+
     def cancel(self) -> None:
-        """Let frames go that have not been decoded, and requests that have not been sent. I/O: none."""
+        """Let frames go that have not been decoded, and end their requests. I/O: none."""
         self.cancelled = True
         for request in list(self.requests):
             request.cancel()

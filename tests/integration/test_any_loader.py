@@ -609,6 +609,9 @@ class InstantReader:
     def requests(self) -> dict[str, float]:
         return {}
 
+    def share_cores(self, processes: int) -> None:
+        pass
+
 
 class CheapStore:
     cache = None

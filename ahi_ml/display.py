@@ -30,7 +30,11 @@ def _pyplot() -> Any:
 
 
 def _limits(volume: xr.DataArray, window: AnyWindow | None) -> tuple[float, float]:
-    """Grey range of a picture: the window's, or that of the volume's middle."""
+    """Range of a picture, from black to white: of display values and of colour theirs; the window's; the middle's."""
+    if window is None and volume.attrs.get("units") == "1":  # open_volume(output="display")
+        return 0.0, 255.0 if volume.dtype.kind == "u" else 1.0
+    if "channel" in volume.dims:
+        return 0.0, 255.0
     if window is None and volume.attrs.get("units") == "HU":
         window = Window.preset("abdomen")
     if window is not None:
@@ -119,9 +123,8 @@ _OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 
 
 def _image(axis: Any, image: AnyArray, low: float, high: float, aspect: float, *, flip: bool = False) -> None:
-    grey = np.clip((image - low) / (high - low), 0, 1) if image.ndim == 2 else image / 255
     axis.imshow(
-        grey,
+        np.clip((image - low) / (high - low), 0, 1),
         cmap="gray",
         vmin=0,
         vmax=1,

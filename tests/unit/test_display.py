@@ -109,6 +109,13 @@ class TestMontage:
         assert len(axes) == 3
         np.testing.assert_allclose(shown(axes[1]), values[1] / 255, atol=1e-6)
 
+    @pytest.mark.parametrize("shape", [(3, 6, 5, 3), (3, 6, 5)])
+    @pytest.mark.parametrize(("dtype", "top"), [(np.float32, 1), (np.uint8, 255)])
+    def test_display_values_are_shown_as_they_are(self, shape: tuple[int, ...], dtype: Any, top: int) -> None:
+        values = (np.random.default_rng(0).random(shape) * 0.5 * top).astype(dtype)
+        axes = drawn(montage(volume_of(values, units="1")))
+        np.testing.assert_allclose(shown(axes[1]), values[1] / top, atol=1e-6)
+
     def test_slices_at_uneven_places(self) -> None:
         affine = np.diag([0, 0, 0, 1.0])
         affine[2, 0], affine[1, 1], affine[0, 2] = SPACING

@@ -34,7 +34,7 @@ class ReadOptions:
         Applied in place, in order, after the output; to floating values only.
     padding : "keep", "mask" or float
         Pixels equal to the file's padding value stay, become NaN, or become this value. So do those of a lower
-        resolution that any padding has part in, which takes the whole frame to tell.
+        resolution that any padding has part in, which takes the whole frame to tell. Colour has none.
     window : Window, str, pair or int, optional
         For "display", instead of the file's VOI LUT or first window: a window, the name of a preset (see
         `pixels.Window.preset`), a center and a width, or which of the file's own windows, from 0; those of no usable
@@ -107,8 +107,9 @@ class ReadOptions:
     def levels(self, profile: FrameProfile) -> int:
         """How many resolution levels decoding leaves out: none where padding must be found. I/O: none."""
         # Between padding and tissue the wavelet makes values of its own, which are equal to neither.
-        whole = self.padding != "keep" and profile.padding is not None and profile.pixels.blends
-        return 0 if whole else self.reduce
+        if self.padding == "keep" or profile.padding is None or profile.colour or not profile.pixels.blends:
+            return self.reduce
+        return 0
 
     def result_dtype(self, profile: FrameProfile) -> np.dtype[Any]:
         """The dtype a frame of this profile comes out in. I/O: none."""

@@ -917,6 +917,14 @@ class TestLowerResolutions:
         replaced = self.read(reader_of, image, ReadOptions(padding=-5.0, reduce=reduce), **tags)
         np.testing.assert_array_equal(replaced, np.where(mask, -5, kept))
 
+    @pytest.mark.parametrize("padding", ["mask", -5.0])
+    def test_colour_has_no_padding(self, reader_of: Callable[..., Reader], padding: Any) -> None:
+        image = random_image(8, "uint8", (9, 10, 3))
+        for reduce in (0, 1):
+            kept = self.read(reader_of, image, ReadOptions(reduce=reduce), PixelPaddingValue=7)
+            read = self.read(reader_of, image, ReadOptions(padding=padding, reduce=reduce), PixelPaddingValue=7)
+            np.testing.assert_array_equal(read, kept)
+
     def test_padding_of_masks_is_sampled(self, reader_of: Callable[..., Reader]) -> None:
         labels = random_image(7, "uint8") % 4
         tags = {"PixelPaddingValue": 3, "SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.7"}

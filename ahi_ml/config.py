@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,12 @@ __all__ = [
     "node_share",
     "rate_limits",
     "shared_folder",
+    "store_folder",
 ]
 
 _CACHE_VARIABLE = "AHI_ML_CACHE"
 _RATE_VARIABLE = "AHI_ML_RATE_LIMIT"
+_LIKE_AN_ID = re.compile(r"[0-9a-fA-F-]{20,44}")
 _BURST = 2.0  # of a rate that comes alone, in seconds: about what the service's own quotas have
 
 Quota = tuple[float, float]
@@ -175,3 +178,32 @@ def shared_folder() -> Path:
     processes with different caches share this all the same.
     """
     return Path(tempfile.gettempdir()) / (f"ahi_ml-{os.getuid()}" if hasattr(os, "getuid") else "ahi_ml")
+
+
+def store_folder(name: str, datastore: str, *, sure: bool) -> Path:
+    """The folder of an embedded store, absolute, its links followed. I/O: looks at its path.
+
+    Parameters
+    ----------
+    name : str
+        Of the folder.
+    datastore : str
+        Of the data store in it.
+    sure : bool
+        Whether the name cannot be meant for a data store's id.
+
+    Raises
+    ------
+    ConfigError
+        No name, one that looks like a mistyped id, or a data store that cannot be called so.
+    """
+    if not sure and _LIKE_AN_ID.fullmatch(name) and not os.path.isdir(name):
+        raise ConfigError(
+            f"{name!r} looks like a mistyped data store id ({len(name)} characters; ids have 32 of 0-9 and a-z). "
+            "If a folder of this name is meant, pass it as a Path"
+        )
+    if not name:
+        raise ConfigError("name a folder or a data store id")
+    if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
+        raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
+    return Path(os.path.realpath(Path(name).expanduser()))

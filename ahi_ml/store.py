@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahi_ml.cache import FrameCache
 from ahi_ml.client import AccessKeys, BestTransport, Connection, Service, make_connection, make_s3_client, translated
-from ahi_ml.config import Quota, rate_limits
+from ahi_ml.config import Quota, rate_limits, store_folder
 from ahi_ml.errors import ConfigError
 from ahi_ml.imports import ImportPlaces, ImportReport, run_import
 from ahi_ml.imports.staging import JobLimits
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["DataStore", "connect"]
 
 _ID = re.compile(r"[0-9a-z]{32}")
-_LIKE_AN_ID = re.compile(r"[0-9a-fA-F-]{20,44}")
 _DEFAULT = "default"
 
 
@@ -379,6 +378,7 @@ def connect(
     region: str | None = None,
     profile: str | None = None,
     endpoint_url: str | None = None,
+    config: Any = None,
     datastore: str = _DEFAULT,
     cache: PathType | None = None,
     rate_limit: RateLimit | None = None,
@@ -397,6 +397,8 @@ def connect(
         `Path` always is.
     region, profile, endpoint_url : str, optional
         As boto3 takes them, for an id. ``endpoint_url`` reaches a running ``ahi-ml serve``.
+    config : botocore.config.Config, optional
+        For an id: client certificates, proxies, and whatever else boto3 takes so. It travels in pickles.
     datastore : str
         Which data store of a folder; made when absent.
     cache : path or str, optional
@@ -430,20 +432,11 @@ def connect(
     if isinstance(target, str) and _ID.fullmatch(name):
         if faults or datastore != _DEFAULT:
             raise ConfigError("faults and datastore are options of embedded stores, and this target is a data store id")
-        service = Service(region, profile, endpoint_url)
+        service = Service(region, profile, endpoint_url, config=config)
         return DataStore(Target(name, None, service=service, cache=cache_place, limits=limits))
-    if isinstance(target, str) and _LIKE_AN_ID.fullmatch(name) and not os.path.isdir(name):
-        raise ConfigError(
-            f"{name!r} looks like a mistyped data store id ({len(name)} characters; ids have 32 of 0-9 and a-z). "
-            "If a folder of this name is meant, pass it as a Path"
-        )
-    if region or profile or endpoint_url:
-        raise ConfigError(f"region, profile and endpoint_url are options of data store ids, and {name!r} is a folder")
-    if not name:
-        raise ConfigError("name a folder or a data store id")
-    if not re.fullmatch(r"[A-Za-z0-9._/#-]{1,50}", datastore):
-        raise ConfigError(f"{datastore!r} is no name of a data store: letters, digits and . _ / # - only, 50 at most")
-    folder = Path(os.path.realpath(Path(name).expanduser()))
+    folder = store_folder(name, datastore, sure=not isinstance(target, str))
+    if region or profile or endpoint_url or config is not None:
+        raise ConfigError(f"region, profile, endpoint_url and config are options of ids, and {name!r} is a folder")
     store = DataStore(Target(None, folder, datastore, cache=cache_place, limits=limits), faults=faults, create=create)
     _ = store.client  # joins or starts the server now, so that errors come from here
     return store

@@ -45,12 +45,15 @@ class Service:
         As boto3 takes them; None leaves each to boto3's own rules.
     keys : AccessKeys, optional
         Instead of boto3's credential chain.
+    config : botocore.config.Config, optional
+        What boto3 takes so only, such as a client certificate or proxies; what it says goes before what is said here.
     """
 
     region: str | None = None
     profile: str | None = None
     endpoint_url: str | None = None
     keys: AccessKeys | None = None
+    config: Any = field(default=None, repr=False)  # proxies may have passwords
 
 
 @dataclass(eq=False)
@@ -140,6 +143,8 @@ def make_connection(
         tcp_keepalive=True,
         user_agent_extra=f"ahi_ml/{__version__}",
     )
+    if service.config is not None:
+        config = config.merge(service.config)
     keys = service.keys
     with translated("connect"):
         session = botocore.session.Session(profile=service.profile)

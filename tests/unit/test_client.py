@@ -16,11 +16,13 @@ from typing import Any
 import botocore.exceptions
 import botocore.loaders
 import pytest
+from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 import ahi_ml
 from ahi_ml import errors
 from ahi_ml.client import AccessKeys, Service, sessions, translated
+from ahi_ml.client.transport import lean_endpoint
 from ahi_ml.errors import (
     AccessDeniedError,
     AhiError,
@@ -372,3 +374,36 @@ class TestHandlersOfTheClient:
 def test_importing_the_package_imports_no_boto3() -> None:
     code = "import sys, ahi_ml; sys.exit(any(name in sys.modules for name in ('boto3', 'torch', 'xarray', 'pandas')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(ahi_ml.__file__).parents[1])
+
+
+class TestConfig:
+    """What boto3 takes by a Config only reaches the client, the frames, and other processes."""
+
+    CONFIG = Config(client_cert=("/client.pem", "/client.key"), proxies={"https": "http://p:3128"}, read_timeout=7)
+
+    @pytest.fixture(autouse=True)
+    def _somebody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    def test_it_is_the_clients_and_the_frames(self, tmp_path: Path) -> None:
+        store = connect("0" * 32, region="us-east-1", config=self.CONFIG, cache=tmp_path)
+        for each in (store, pickle.loads(pickle.dumps(store))):
+            config = each.client.meta.config
+            assert config.client_cert == ("/client.pem", "/client.key")
+            assert (config.read_timeout, config.connect_timeout) == (7, 5), "what it leaves open is ours"
+            endpoint = lean_endpoint(each._sessions.get().connection)
+            assert endpoint is not None
+            assert endpoint.client_certificate == ("/client.pem", "/client.key")
+            assert endpoint.proxy == "http://p:3128"
+            assert endpoint.read_timeout_s == 7
+
+    def test_it_is_none_of_a_folders_options(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="config"):
+            connect(tmp_path / "store", config=self.CONFIG)
+        assert not (tmp_path / "store").exists()
+
+    def test_it_is_in_no_repr(self, tmp_path: Path) -> None:
+        config = Config(proxies={"https": "http://user:secret@p:3128"})
+        store = connect("0" * 32, region="us-east-1", config=config, cache=tmp_path)
+        assert "secret" not in f"{store!r} {store._target!r} {store._target.service!r}"

@@ -59,7 +59,8 @@ class Reader:
     def __init__(self, transport: FrameTransport, datastore_id: str, *, threads: int | None = None) -> None:
         self._transport = transport
         self._datastore_id = datastore_id
-        self._pool = DecodePool(threads or decode_threads())
+        self._cores = threads or decode_threads()
+        self._pool = DecodePool(self._cores)
         self._stats = ReaderStats()
         self._lock = threading.Lock()
         self._digests: dict[int, tuple[FrameProfile | MetadataError, str]] = {}
@@ -147,7 +148,7 @@ class Reader:
 
     def share_cores(self, processes: int) -> None:
         """Decode with a part of the cores, two threads at least, since other processes decode too. I/O: none."""
-        self._pool.threads = min(self._pool.threads, max(2, self._pool.threads // processes))
+        self._pool.threads = min(self._cores, max(2, self._cores // processes))
 
     def requests(self) -> dict[str, float]:
         """Counts of the requests for frames so far: sent, retried, throttled, delayed_s. I/O: none."""

@@ -166,7 +166,7 @@ class FrameDataset(Dataset[Item]):
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch items are read for, here and in workers that run: another epoch, another augmentation.
 
-        I/O: none. `ResumableSampler` and `FrameLoader` call it. Selections of this dataset count for themselves.
+        I/O: none. `ResumableSampler` calls it; `FrameLoader` does without. Selections of it count by themselves.
         """
         self._epoch.set(epoch)
 
